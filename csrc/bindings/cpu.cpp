@@ -1,0 +1,73 @@
+// _cpu: integers and pointers in, nothing decided. The Python layer has checked every shape, dtype and index.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+
+#include "cpu/exit_stats.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace exeunt;
+
+namespace {
+
+// (address, dtype) of an optional vector; address 0 means "not given".
+VectorArg vector_arg(uintptr_t address, int dtype) {
+  return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype)};
+}
+
+void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, uintptr_t head, int head_dtype,
+                int64_t head_stride, int64_t rows, int64_t vocab, int64_t width, uintptr_t row_list, bool row_list_64,
+                uintptr_t count, bool count_64, uintptr_t head_bias, int head_bias_dtype, int norm,
+                uintptr_t norm_weight, int norm_weight_dtype, uintptr_t norm_bias, int norm_bias_dtype, float eps,
+                float scale, float softcap, float temperature, uintptr_t logits_out, int logits_dtype,
+                int64_t logits_stride, uintptr_t argmax, uintptr_t top1, uintptr_t top2, uintptr_t sumexp,
+                uintptr_t weighted, uintptr_t workspace, int threads) {
+  ExitStatsParams p{};
+  p.hidden = reinterpret_cast<const void*>(hidden);
+  p.head = reinterpret_cast<const void*>(head);
+  p.hidden_dtype = static_cast<DType>(hidden_dtype);
+  p.head_dtype = static_cast<DType>(head_dtype);
+  p.hidden_stride = hidden_stride;
+  p.head_stride = head_stride;
+  p.rows = rows;
+  p.vocab = vocab;
+  p.width = width;
+  p.row_list = reinterpret_cast<const void*>(row_list);
+  p.row_list_64 = row_list_64;
+  p.count = reinterpret_cast<const void*>(count);
+  p.count_64 = count_64;
+  p.head_bias = vector_arg(head_bias, head_bias_dtype);
+  p.norm = static_cast<Norm>(norm);
+  p.norm_weight = vector_arg(norm_weight, norm_weight_dtype);
+  p.norm_bias = vector_arg(norm_bias, norm_bias_dtype);
+  p.eps = eps;
+  p.scale = scale;
+  p.softcap = softcap;
+  p.temperature = temperature;
+  p.logits_out = reinterpret_cast<void*>(logits_out);
+  p.logits_dtype = static_cast<DType>(logits_dtype);
+  p.logits_stride = logits_stride;
+  p.argmax = reinterpret_cast<int64_t*>(argmax);
+  p.top1 = reinterpret_cast<float*>(top1);
+  p.top2 = reinterpret_cast<float*>(top2);
+  p.sumexp = reinterpret_cast<float*>(sumexp);
+  p.weighted = reinterpret_cast<float*>(weighted);
+  p.workspace = reinterpret_cast<void*>(workspace);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::exit_stats(p);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.";
+  m.attr("version") = EXEUNT_VERSION;
+  m.def("select_isa", &cpu::select_isa, py::arg("limit") = "",
+        "Choose the best instruction set of this machine that is not above `limit`; returns its name.");
+  m.def("isa", [] { return std::string(cpu::selected_isa().name); }, "The instruction set in use.");
+  m.def("omp_max_threads", [] { return omp_get_max_threads(); }, "Threads that the OpenMP runtime would use.");
+  m.def("exit_stats_workspace", &cpu::exit_stats_workspace, py::arg("rows"), py::arg("vocab"), py::arg("width"),
+        "Bytes of workspace that exit_stats needs.");
+  m.def("exit_stats", &exit_stats, "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
+}

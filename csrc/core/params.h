@@ -1,0 +1,45 @@
+// One plain parameter struct per op, filled in one place: the binding.
+#pragma once
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace exeunt {
+
+enum class Norm : int32_t { none = 0, rms = 1, layer = 2 };
+
+// A vector parameter of any supported dtype; data == nullptr means "not given".
+struct VectorArg {
+  const void* data;
+  DType dtype;
+};
+
+struct ExitStatsParams {
+  const void* hidden;  // [N, D], dtype hidden_dtype, row stride hidden_stride elements
+  const void* head;    // [V, D], dtype head_dtype, row stride head_stride elements
+  DType hidden_dtype, head_dtype;
+  int64_t hidden_stride, head_stride;
+  int64_t rows, vocab, width;  // M rows to check, V, D
+
+  const void* row_list;  // [M] indices into hidden (and logits_out), or nullptr for 0..M-1
+  bool row_list_64;      // int64 or int32, as torch has them
+  const void* count;     // one integer: how many of the M rows are live, or nullptr for all
+  bool count_64;
+
+  VectorArg head_bias;               // [V]
+  VectorArg norm_weight, norm_bias;  // [D]
+  Norm norm;
+  float eps, scale, softcap, temperature;  // softcap 0: none
+
+  void* logits_out;  // [N, V], raw product W x + b, or nullptr
+  DType logits_dtype;
+  int64_t logits_stride;
+
+  int64_t* argmax;  // [M] each
+  float *top1, *top2, *sumexp, *weighted;
+
+  void* workspace;  // exit_stats_workspace() bytes, 64-byte aligned
+  int32_t threads;
+};
+
+}  // namespace exeunt

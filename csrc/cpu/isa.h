@@ -1,0 +1,20 @@
+// Which instruction set the kernels run with: chosen once, by CPUID and what the operating system saves.
+#pragma once
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace exeunt::cpu {
+
+struct Isa {
+  const char* name;
+  ExitStatsChunk exit_stats_chunk;
+};
+
+const Isa& selected_isa();
+
+// Choose the best ISA of this machine that is not above `limit` ("" for no limit); returns its name.
+// Throws std::invalid_argument on an unknown limit.
+std::string select_isa(const std::string& limit);
+
+}  // namespace exeunt::cpu

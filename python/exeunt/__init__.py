@@ -1,0 +1,27 @@
+"""exeunt: early-exit inference for transformers.
+
+A token that is already certain halfway up the stack leaves there: fused confidence kernels, exit rules, and a plug
+for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt.recipes`, or with the fused op
+:func:`exeunt.ops.exit_stats` alone.
+"""
+
+from exeunt import confidence, heads, ops, policies, recipes, reference, states
+from exeunt.attach import Attached, attach
+from exeunt.report import Report
+from exeunt.stats import ExitStats
+
+__version__ = "0.1.0"
+__all__ = [
+    "Attached",
+    "ExitStats",
+    "Report",
+    "__version__",
+    "attach",
+    "confidence",
+    "heads",
+    "ops",
+    "policies",
+    "recipes",
+    "reference",
+    "states",
+]

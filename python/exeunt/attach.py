@@ -1,0 +1,434 @@
+"""The plug: puts a recipe on a stock causal language model and takes it off again.
+
+What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding. Beside that a hook
+on the input embedding notes which ids are fed (to see rows end), and ``generate``'s cache gets exeunt's layers.
+Embeddings, masks, rotary tables, norms, products and ``generate`` stay the model's own.
+
+One decoding step of a batch, seen from above::
+
+    layer 0 .. e   all rows        stock forward, unchanged arguments
+    exit e         check           score -> rows that leave keep their state and their logits
+    layer e+1 ..   staying rows    stock forward on these rows; rows that left: keys and values only
+    head           staying rows    stock head; rows that left return the logits of their check
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from exeunt import ops
+from exeunt.confidence import ExitPoint
+from exeunt.models import KeyValues, LayerCall, Structure, discover
+from exeunt.models.layer_call import RowTaker
+from exeunt.models.structure import CACHE_KEYWORD
+from exeunt.recipes import Recipe
+from exeunt.report import FINISHED, Report
+
+if TYPE_CHECKING:
+    from exeunt.cache import GenerationState
+
+__all__ = ["Attached", "attach"]
+
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def attach(model: Any, recipe: Recipe) -> Attached:
+    """Let tokens of a stock causal language model leave early.
+
+    ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a batch leaves
+    on its own. Prompts, forwards of several tokens and assisted decoding run at full depth. While nothing leaves, the
+    output is bit-identical to the unattached model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model of the Llama family.
+    recipe : Recipe
+        For example ``exeunt.recipes.calm(exits=[8, 12], threshold=0.9)``.
+
+    Returns
+    -------
+    Attached
+        A context manager; leaving it (or ``detach()``) restores the model.
+
+    Raises
+    ------
+    ValueError
+        One sentence: a model without decoder layers, exits outside 0..L-2, heads of another width or dtype, a model
+        that has exits already.
+    ImportError
+        Without transformers.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)).eval()
+    >>> with exeunt.attach(model, exeunt.recipes.calm(exits=[1], threshold=0.0)) as early:
+    ...     out = model.generate(torch.tensor([[3, 5, 7]]), max_new_tokens=4, do_sample=False)
+    >>> early.report().histogram   # the first of the four tokens comes from the prompt's own forward
+    {1: 3}
+    """
+    return Attached(model, recipe)
+
+
+class _Step:
+    """One decoding step of a batch: which rows still run, which left where, and the logits that they took along.
+
+    ``rows`` (still running), ``left`` and ``ended`` are index tensors that partition the batch; ``rows`` is None while
+    all of it runs.
+    """
+
+    def __init__(self, batch: int, depth: int, state: GenerationState, length: int, device: torch.device) -> None:
+        self.batch, self.state, self.position = batch, state, state.position(length)
+        self.take = RowTaker(batch)
+        self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
+        self.running = batch
+        self.rows: Tensor | None = None
+        self.left: Tensor | None = None
+        self.ended: Tensor | None = None
+        self.logits: Tensor | None = None  # [B, V] once a check has written logits
+        self.has_logits = False  # whether the rows that left have theirs in `logits`
+        self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
+        self.started = time.perf_counter()
+        if state.exited and state.finished is not None and not bool(state.finished.all()):
+            self.leave(state.finished, FINISHED)
+            self.ended, self.left = self.left, None
+
+    def leave(self, go: Tensor, layer: int) -> int:
+        """Rows where ``go`` (one bool for each running row) is True stop running; returns how many."""
+        stay = (~go).nonzero().flatten()
+        gone = go.nonzero().flatten()
+        if gone.numel() == 0:
+            return 0
+        rows = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
+        leaving = rows[gone]
+        self.depth[leaving] = layer
+        self.left = leaving if self.left is None else torch.cat((self.left, leaving)).sort().values
+        self.rows, self.running = rows[stay], int(stay.numel())
+        return int(gone.numel())
+
+
+class Attached:
+    """Exits on a model: made by :func:`attach`, undone by :meth:`detach` or by leaving the ``with`` block.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    recipe : Recipe
+        What decides.
+    structure : Structure
+        What was found of the model.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        try:
+            from exeunt.cache import adopt  # here, since it imports transformers, which the ops do without
+        except ImportError as missing:
+            raise ImportError("attach needs transformers: pip install exeunt[hf]") from missing
+        if model in _attached:
+            raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
+        self._adopt = adopt
+        self.model, self.recipe = model, recipe
+        self.structure: Structure = discover(model)
+        self.depth = len(self.structure.layers)
+        self._check_recipe()
+        self._local = threading.local()  # the step under way; a forward stays on its thread
+        self._spare: Tensor | None = None  # a logits buffer that no caller holds
+        self._undo: list[Callable[[], None]] = []
+        self.reset_report()
+        try:
+            self._install()
+        except BaseException:
+            self.detach()
+            raise
+        _attached.add(model)
+
+    def __enter__(self) -> Attached:
+        """Return itself; the exits are already on."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def detach(self) -> None:
+        """Restore the model; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        _attached.discard(self.model)
+
+    def report(self) -> Report:
+        """Everything counted since attach or :meth:`reset_report`."""
+        return self._report
+
+    def reset_report(self) -> None:
+        """Start counting anew."""
+        self._report = Report(layers=self.depth)
+
+    # ---- putting it on
+
+    def _check_recipe(self) -> None:
+        outside = [e for e in self.recipe.exits if not 0 <= e <= self.depth - 2]
+        if outside:
+            raise ValueError(f"attach: exits must lie in 0..{self.depth - 2} for {self.depth} layers, got {outside}")
+        weight = self.structure.weight
+        heads = self.recipe.heads
+        for e in self.recipe.exits if heads is not None else ():
+            translator = heads[e].translator if heads is not None and e in heads else None
+            for p in () if translator is None else translator.parameters():
+                if (p.dtype, p.device) != (weight.dtype, weight.device):
+                    raise ValueError(
+                        f"attach: exit heads must be {weight.dtype} on {weight.device} like the model, "
+                        f"got {p.dtype} on {p.device}: call heads.to(...)"
+                    )
+
+    def _install(self) -> None:
+        s = self.structure
+        for i, layer in enumerate(s.layers):
+            names = [n for n in inspect.signature(layer.forward).parameters][1:]
+            self._replace(layer, functools.partial(self._layer, i, names))
+        self._replace(s.head, self._head)
+
+        def note_ids(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if module is embedding and args:
+                self._local.ids = args[0]
+
+        embedding = self.model.get_input_embeddings()
+        self._undo.append(embedding.register_forward_pre_hook(note_ids).remove)
+
+        prepare = self.model._prepare_cache_for_generation
+
+        def prepare_cache(model: Any, config: Any, kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
+            if model is not self.model:  # a copy of the model: its own method
+                return type(model)._prepare_cache_for_generation(model, config, kwargs, *args, **named)
+            result = prepare(config, kwargs, *args, **named)
+            state = self._adopt(kwargs.get(CACHE_KEYWORD))
+            if state is not None:
+                mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
+                state.full_depth = "assisted" in mode
+                state.max_length = config.max_length
+                state.stop_ids = None if "beam" in mode else getattr(config, "_eos_token_tensor", None)
+            return result
+
+        self._set(self.model, "_prepare_cache_for_generation", types.MethodType(prepare_cache, self.model))
+        if getattr(self.model, "generation_config", None) is not None:
+            self._set(self.model.generation_config, "disable_compile", True)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute, to be undone."""
+        present, old = name in vars(owner), vars(owner).get(name)
+
+        def undo() -> None:
+            if present:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+        setattr(owner, name, value)
+        self._undo.append(undo)
+
+    def _replace(self, module: Any, replacement: Callable[..., Any]) -> None:
+        """Put ``replacement(stock forward, *args, **kwargs)`` in the place of one instance's forward."""
+        stock = module.forward
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:  # a deep copy of the model: it runs as if nothing were attached
+                return type(this).forward(this, *args, **kwargs)
+            return replacement(stock, *args, **kwargs)
+
+        self._set(module, "forward", types.MethodType(forward, module))
+
+    # ---- a forward of the model
+
+    def _begin(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """At layer 0: find out whether this forward is a decoding step, and set it up."""
+        ids, self._local.ids = getattr(self._local, "ids", None), None
+        self._local.step = None
+        self._local.full_since = time.perf_counter()
+        cache = arguments.get(CACHE_KEYWORD)
+        if cache is None or not arguments.get("use_cache", True):
+            return
+        batch, count = hidden.shape[:2]
+        length = int(cache.get_seq_length())
+        state = self._adopt(cache)
+        if state is None:
+            self._report.unsupported_caches += int(count == 1 and length > 0)
+            return
+        if count != 1 or length == 0:
+            state.begin_prompt(length + count)
+            return
+        if state.full_depth:
+            return
+        state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
+        self._local.step = _Step(batch, self.depth - 1, state, length, hidden.device)
+
+    def _layer(
+        self, i: int, names: list[str], stock: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Decoder layer i as the stock model calls it."""
+        kwargs.update(zip(names, args, strict=False))
+        if i == 0:
+            self._begin(hidden, kwargs)
+        step: _Step | None = getattr(self._local, "step", None)
+        if step is None:
+            return stock(hidden, **kwargs)
+        if step.running == step.batch:
+            out = stock(hidden, **kwargs)
+            after = out[0] if isinstance(out, tuple) else out
+        else:
+            after = out = self._ragged(LayerCall(stock, hidden, kwargs, step.take), step)
+        self._report.layer_rows += step.running
+        if i in self.recipe.exits and step.running:
+            self._check(i, step, hidden, after)
+        step.hidden = after
+        return out
+
+    def _ragged(self, call: LayerCall, step: _Step) -> Tensor:
+        """One layer of which some rows run, those that left only leave keys and values, and ended ones zeros."""
+        filled = None
+        if step.left is not None:
+            filled = self.recipe.state.fill(call, step.left if step.left.numel() < step.batch else None)
+            self._report.fill_ins += int(step.left.numel())
+
+        def attend(own: KeyValues) -> tuple[Tensor, Tensor]:
+            whole = (own.keys.new_zeros(step.batch, *own.keys.shape[1:]),
+                     own.values.new_zeros(step.batch, *own.values.shape[1:]))  # fmt: skip
+            for kv, rows in ((own, step.rows), (filled, step.left)):
+                if kv is not None:
+                    whole[0][rows], whole[1][rows] = kv.keys, kv.values
+            keys, values = own.store(*whole)
+            return keys[step.rows], values[step.rows]
+
+        if step.rows is None or not step.running:  # nobody runs, so somebody left: `ended` alone never empties a step
+            assert filled is not None
+            attend(KeyValues(filled.keys[:0], filled.values[:0], filled.store))
+            return call.hidden
+        after = call.hidden.clone()
+        after[step.rows] = call.run(step.rows, attend)
+        return after
+
+    # ---- exit points and logits
+
+    @torch.no_grad()
+    def _check(self, i: int, step: _Step, before: Tensor, after: Tensor) -> None:
+        """Score the running rows after layer i and let those go that the policy releases."""
+        heads = self.recipe.heads
+        own = heads[i] if heads is not None and i in heads else None
+        hidden, previous = after[:, 0], before[:, 0]
+        if step.rows is not None:
+            hidden, previous = hidden[step.rows], previous[step.rows]
+        stats = None
+        if self.recipe.confidence.reads_head:
+            state = hidden if own is None else own.state(hidden)
+            if step.rows is not None:  # the op takes a row list, so that logits land at the rows of the batch
+                full = state.new_zeros(step.batch, state.shape[1])
+                full[step.rows] = state
+                state = full
+            stats = self._head_stats(state, step)
+        scores = self.recipe.confidence.score(ExitPoint(hidden, previous, own, stats))
+        if step.leave(self.recipe.policy.exits(scores, step.position), i):
+            step.state.exited = True
+
+    def _head_stats(self, state: Tensor, step: _Step) -> Any:
+        """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
+        s = self.structure
+        weight = s.weight
+        if step.logits is None:
+            shape = (step.batch, weight.shape[0])
+            spare, self._spare = self._spare, None
+            fits = (
+                spare is not None
+                and (spare.shape, spare.dtype, spare.device) == (shape, state.dtype, state.device)
+                and spare.is_inference() == torch.is_inference_mode_enabled()
+            )
+            step.logits = spare if fits else state.new_empty(shape)
+            step.has_logits = True
+        norm = s.final_norm
+        if norm is None:
+            state = s.normalise(state)
+        self._report.checks += 1
+        self._report.head_reads += 1
+        return ops.exit_stats(
+            state.detach(),
+            weight.detach(),
+            head_bias=getattr(s.head, "bias", None),
+            norm=norm.kind if norm else None,
+            norm_weight=norm.weight if norm else None,
+            norm_bias=norm.bias if norm else None,
+            eps=norm.eps if norm else 0.0,
+            rows=step.rows,
+            logits_out=step.logits,
+        )
+
+    def _head(self, stock: Callable[..., Any], normed: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Output embedding as the stock model calls it, after its final norm."""
+        step: _Step | None = getattr(self._local, "step", None)
+        self._local.step = None
+        if step is None or normed.shape[:2] != (step.batch, 1):
+            out = stock(normed, *args, **kwargs)
+            self._count_full()
+            return out
+        out = self._logits(stock, normed, step)
+        self._count(step)
+        return out
+
+    def _logits(self, stock: Callable[..., Any], normed: Tensor, step: _Step) -> Tensor:
+        """Logits [B, 1, V]: of the check for rows that left at one, of the stock head for the others."""
+        if step.running == step.batch:
+            self._spare = step.logits  # nobody left: the buffer was not handed out
+            self._report.head_reads += 1
+            return stock(normed)
+        if step.left is not None and not step.has_logits:
+            normed = self._translate(normed, step)
+        out = step.logits
+        if out is None:
+            out = normed.new_zeros(step.batch, self.structure.weight.shape[0])
+        if step.ended is not None:
+            out[step.ended] = 0.0
+        asking = [r for r in (step.rows, None if step.has_logits else step.left) if r is not None and r.numel()]
+        if asking:
+            rows = torch.cat(asking)
+            out[rows] = stock(normed[rows])[:, 0]
+            self._report.head_reads += 1
+        return out[:, None]
+
+    def _translate(self, normed: Tensor, step: _Step) -> Tensor:
+        """Normed states with those of rows that left without reading the head taken through their exit's translator."""
+        heads = self.recipe.heads
+        if heads is None or step.left is None or step.hidden is None:
+            return normed
+        normed = normed.clone()
+        for layer in self.recipe.exits:
+            rows = step.left[step.depth[step.left] == layer]
+            if rows.numel() and layer in heads:
+                normed[rows] = self.structure.normalise(heads[layer].state(step.hidden[rows]))
+        return normed
+
+    # ---- counting
+
+    def _count_full(self) -> None:
+        since = getattr(self._local, "full_since", None)
+        if since is not None:
+            self._local.full_since = None
+            self._report.full_forwards += 1
+            self._report.forward_seconds += time.perf_counter() - since
+
+    def _count(self, step: _Step) -> None:
+        self._local.full_since = None
+        self._report.steps += 1
+        self._report.tokens += step.batch
+        self._report.exit_layers.append(step.depth.cpu())
+        self._report.step_seconds += time.perf_counter() - step.started

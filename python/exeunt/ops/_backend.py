@@ -1,0 +1,56 @@
+"""The extension modules: which are there, and how tensors reach them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import torch  # before the extensions: they then share the OpenMP runtime that torch has loaded
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/core/dtype.h
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"exeunt.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+cpu = _module("_cpu")
+cuda = _module("_cuda")
+if cpu is not None:
+    cpu.select_isa(os.environ.get("EXEUNT_MAX_ISA", ""))
+
+_warned: set[str] = set()
+
+
+def warn_fallback(op: str, device: torch.device) -> None:
+    """Say once per op and device that the plain torch reference serves."""
+    key = f"{op} on {device.type}"
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(f"exeunt has no kernel for {key} in this build: the torch reference serves", stacklevel=4)
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an op may skip the dispatcher: plain eager tensors, nothing traces, nothing wants a gradient."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or (grad and t.requires_grad)):
+            return False
+    return True
+
+
+def vector_arg(t: Tensor | None) -> tuple[int, int]:
+    """(address, dtype) as the binding wants an optional contiguous vector."""
+    return (0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype])

@@ -1,0 +1,5 @@
+"""The ops in plain torch: the executable specification, for any dtype and device, and differentiable."""
+
+from exeunt.reference.exit_stats import exit_stats
+
+__all__ = ["exit_stats"]

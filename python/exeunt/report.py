@@ -1,0 +1,110 @@
+"""What attached exits did: layer-rows executed, exits taken, reads of the head, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["Report"]
+
+FINISHED = -1
+
+
+@dataclass
+class Report:
+    """Counts of everything that ran between attach (or ``reset_report``) and now.
+
+    Rows are sequences (or beams) of a batch; a *layer-row* is one layer run for one row. Only single-token decoding
+    steps are counted in detail: prompts, chunks and assisted decoding run at full depth and count as ``full_forwards``.
+
+    Attributes
+    ----------
+    layers : int
+        Depth L of the model.
+    steps : int
+        Decoding steps.
+    tokens : int
+        Rows over all steps: tokens that the stock model would have run through all layers.
+    layer_rows : int
+        Layer-rows executed.
+    fill_ins : int
+        Layer-rows for which only keys and values were computed.
+    head_reads : int
+        Passes over the output embedding's weight: checks plus final logits; the stock model makes one a step.
+    checks : int
+        How many of them were exit checks.
+    exit_layers : list of Tensor
+        One [B] int64 CPU tensor a step: the layer after which each row left; L-1 at full depth, -1 for a row that had
+        already ended and ran nothing.
+    step_seconds, forward_seconds : float
+        Wall time inside the model, of decoding steps and of full forwards (CUDA work may still be in flight).
+    full_forwards : int
+        Forwards at full depth that are not decoding steps.
+    unsupported_caches : int
+        How many of those were decoding steps of a kind of cache that exits do not work with yet.
+
+    Examples
+    --------
+    >>> import torch
+    >>> report = Report(layers=4, steps=1, tokens=2, layer_rows=6, exit_layers=[torch.tensor([1, 3])])
+    >>> report.histogram, report.layers_per_token
+    ({1: 1, 3: 1}, 3.0)
+    """
+
+    layers: int
+    steps: int = 0
+    tokens: int = 0
+    layer_rows: int = 0
+    fill_ins: int = 0
+    head_reads: int = 0
+    checks: int = 0
+    exit_layers: list[Tensor] = field(default_factory=list)
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    full_forwards: int = 0
+    unsupported_caches: int = 0
+
+    @property
+    def full_layer_rows(self) -> int:
+        """Layer-rows that the stock model would have executed in the same steps."""
+        return self.tokens * self.layers
+
+    @property
+    def histogram(self) -> dict[int, int]:
+        """Tokens by the layer after which they left (L-1: full depth, -1: row had ended), ascending."""
+        counts: dict[int, int] = {}
+        for depths in self.exit_layers:
+            for depth in depths.tolist():
+                counts[depth] = counts.get(depth, 0) + 1
+        return dict(sorted(counts.items()))
+
+    @property
+    def layers_per_token(self) -> float:
+        """Mean number of layers run for a token of a row that had not ended; nan without tokens."""
+        live = self.tokens - self.histogram.get(FINISHED, 0)
+        return self.layer_rows / live if live else float("nan")
+
+    def __str__(self) -> str:
+        """Return the report as a small table."""
+        lines = [f"exeunt: {self.tokens} tokens in {self.steps} decoding steps, {self.layers} layers"]
+        share = self.layer_rows / self.full_layer_rows if self.full_layer_rows else 0.0
+        lines.append(
+            f"  layer-rows   {self.layer_rows} run of {self.full_layer_rows} at full depth ({share:.1%}), "
+            f"{self.fill_ins} filled in"
+        )
+        for depth, count in self.histogram.items():
+            what = "row had ended" if depth == FINISHED else f"left after layer {depth}"
+            if depth == self.layers - 1:
+                what = "full depth"
+            lines.append(f"  {what:<22} {count:6d}  {count / self.tokens:6.1%}")
+        lines.append(
+            f"  head reads   {self.head_reads} ({self.checks} of them exit checks; the stock model: {self.steps})"
+        )
+        lines.append(
+            f"  wall time    {self.step_seconds:.3f} s in decoding steps, {self.forward_seconds:.3f} s in "
+            f"{self.full_forwards} forwards at full depth (prompts and the like)"
+        )
+        if self.unsupported_caches:
+            lines.append(f"  no exits in {self.unsupported_caches} steps: their kind of cache is not supported yet")
+        return "\n".join(lines)
