@@ -42,6 +42,9 @@ EXEUNT_INLINE void reset(LaneStats& s) {
   s.bad = IVec{};
 }
 
+// e^x for x in [kFloor, 0], 0 at the floor.
+EXEUNT_INLINE Vec exp_or_zero(Vec x) { return x > kFloor ? exp(x) : splat(0.0f); }
+
 EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
   s.bad |= ~(z < kInf);  // NaN and +inf; -inf passes and contributes nothing
   const IVec higher = z > s.top1;
@@ -51,7 +54,7 @@ EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
   // max() returns its second argument for NaN, so (-inf) - (-inf) and NaN logits also land on the floor.
   const Vec shift = max(s.top1 - top1, splat(kFloor));
   const Vec delta = max(z - top1, splat(kFloor));
-  const Vec factor = exp(shift), e = exp(delta);
+  const Vec factor = exp_or_zero(shift), e = exp_or_zero(delta);
   s.weighted = factor * (s.weighted + shift * s.sumexp) + delta * e;
   s.sumexp = factor * s.sumexp + e;
   s.top1 = top1;
@@ -68,12 +71,11 @@ EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
   }
   if (s.argmax[best] < 0) return exit_stats_empty();
   const Vec shift = max(s.top1 - top1[best], splat(kFloor));
-  const Vec factor = exp(shift);
+  const Vec factor = exp_or_zero(shift);
   store(sumexp, factor * s.sumexp);
   store(weighted, factor * (s.weighted + shift * s.sumexp));
   ExitStats out{s.argmax[best], top1[best], s.top2[best], 0.0f, 0.0f};
   for (int l = 0; l < kLanes; ++l) {
-    if (s.argmax[l] < 0) continue;  // a lane that saw only -inf
     if (l != best && top1[l] > out.top2) out.top2 = top1[l];
     out.sumexp += sumexp[l];
     out.weighted += weighted[l];

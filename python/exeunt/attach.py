@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from exeunt import ops
 from exeunt.confidence import ExitPoint
+from exeunt.heads import ExitHead
 from exeunt.models import KeyValues, LayerCall, Structure, discover
 from exeunt.models.layer_call import RowTaker
 from exeunt.models.structure import CACHE_KEYWORD
@@ -184,15 +185,21 @@ class Attached:
         outside = [e for e in self.recipe.exits if not 0 <= e <= self.depth - 2]
         if outside:
             raise ValueError(f"attach: exits must lie in 0..{self.depth - 2} for {self.depth} layers, got {outside}")
-        weight = self.structure.weight
-        heads = self.recipe.heads
-        for e in self.recipe.exits if heads is not None else ():
-            translator = heads[e].translator if heads is not None and e in heads else None
-            for p in () if translator is None else translator.parameters():
-                if (p.dtype, p.device) != (weight.dtype, weight.device):
+        weight, heads = self.structure.weight, self.recipe.heads
+        for e in self.recipe.exits:
+            own = heads[e] if heads is not None and e in heads else ExitHead()
+            for part in (own.translator, own.probe):
+                if part is None:
+                    continue
+                if part.hidden_size != weight.shape[1]:
                     raise ValueError(
-                        f"attach: exit heads must be {weight.dtype} on {weight.device} like the model, "
-                        f"got {p.dtype} on {p.device}: call heads.to(...)"
+                        f"attach: expected exit heads of width {weight.shape[1]}, got {part.hidden_size} at exit {e}"
+                    )
+                dtype = weight.dtype if part is own.translator else torch.float32  # probes stay float32
+                if (part.weight.dtype, part.weight.device) != (dtype, weight.device):
+                    raise ValueError(
+                        f"attach: exit heads must be {dtype} on {weight.device} like the model, "
+                        f"got {part.weight.dtype} on {part.weight.device}: call heads.to(...)"
                     )
 
     def _install(self) -> None:

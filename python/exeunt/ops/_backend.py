@@ -37,18 +37,14 @@ def warn_fallback(op: str, device: torch.device) -> None:
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether an op may skip the dispatcher: plain eager tensors, nothing traces, nothing wants a gradient."""
+    """Whether an op may skip the dispatcher: plain eager CPU tensors, and nothing traces."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level()
+        or torch._C._functorch.maybe_current_level() is not None
     ):
         return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or (grad and t.requires_grad)):
-            return False
-    return True
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu") for t in tensors)
 
 
 def vector_arg(t: Tensor | None) -> tuple[int, int]:

@@ -80,11 +80,13 @@ def exit_stats(
     ------
     ValueError, TypeError
         One sentence naming the argument, what was expected and what came, before any kernel runs.
+    RuntimeError
+        If ``hidden`` requires a gradient while gradients are recorded: there is none.
 
     Notes
     -----
-    Online softmax after Milakov and Gimelshein (2018), in the shifted form of :class:`exeunt.ExitStats`. There is no
-    gradient; :func:`exeunt.reference.exit_stats` is differentiable.
+    Online softmax after Milakov and Gimelshein (2018), in the shifted form of :class:`exeunt.ExitStats`. The
+    result is not differentiable; that of :func:`exeunt.reference.exit_stats` is.
 
     Examples
     --------
@@ -96,9 +98,8 @@ def exit_stats(
     """
     args = (hidden, head, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap, temperature, rows, count)
     _check(*args, logits_out)
-    if hidden.device.type == "cpu" and _backend.direct(
-        hidden, head, head_bias, norm_weight, norm_bias, rows, count, logits_out
-    ):
+    wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    if not wants_gradient and _backend.direct(hidden, head, head_bias, norm_weight, norm_bias, rows, count, logits_out):
         return ExitStats(*_forward(*args, logits_out))
     return ExitStats(*torch.ops.exeunt.exit_stats(*args, logits_out))
 
@@ -233,25 +234,14 @@ def _fake(hidden: Tensor, head: Tensor, *args: Any) -> tuple[Tensor, Tensor, Ten
     return _outputs(hidden, hidden.shape[0] if rows is None else rows.shape[0])
 
 
-class _NoGradient(torch.autograd.Function):
-    """The forward as it is; whoever walks back through it gets one sentence."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outs = torch.ops.exeunt.exit_stats(*args)
-        ctx.mark_non_differentiable(outs[0])
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise NotImplementedError(
-            "exit_stats has no gradient: use exeunt.reference.exit_stats, which is differentiable, to train exits"
+def _autograd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise RuntimeError(
+            "exit_stats has no gradient and hidden requires one: call it under torch.no_grad(), or use "
+            "exeunt.reference.exit_stats, which is differentiable"
         )
-
-
-def _autograd(*args: Any) -> tuple[Tensor, ...]:
-    return _NoGradient.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.exeunt.exit_stats(hidden, *args)
 
 
 _lib = torch.library.Library("exeunt", "DEF")

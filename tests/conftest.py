@@ -1,0 +1,32 @@
+"""Shared pieces: every ISA of this machine as a parameter, and tiny random models."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+warnings.filterwarnings("ignore", message=".*exeunt has no kernel.*")
+
+from exeunt.ops import _backend
+
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings; thread counts have their own test
+
+
+def available_isas() -> list[str]:
+    if _backend.cpu is None:
+        return []
+    chosen = _backend.cpu.isa()
+    found = [isa for isa in ("baseline", "avx2", "avx512") if _backend.cpu.select_isa(isa) == isa]
+    _backend.cpu.select_isa(chosen)
+    return [isa for isa in found if found.index(isa) <= found.index(chosen)]
+
+
+@pytest.fixture(params=available_isas())
+def isa(request):
+    """Run the test once per instruction set, up to the one that EXEUNT_MAX_ISA allows."""
+    chosen = _backend.cpu.isa()
+    _backend.cpu.select_isa(request.param)
+    yield request.param
+    _backend.cpu.select_isa(chosen)
