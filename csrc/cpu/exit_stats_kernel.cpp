@@ -87,21 +87,20 @@ EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
 template <int Rows, int Cols, class W>
 EXEUNT_INLINE void dot(const W* const* head, const float* x, int64_t x_stride, int64_t width, float* z) {
   Vec acc[Rows][Cols] = {};
-  const int64_t whole = width / kLanes * kLanes;
-  for (int64_t d = 0; d < whole; d += kLanes) {
-    Vec xv[Rows];
-    for (int r = 0; r < Rows; ++r) xv[r] = load(x + r * x_stride + d);
+  const auto step = [&](int64_t d, auto&& weights) {
+    Vec xv[Rows][kVecs<W>];
+    for (int r = 0; r < Rows; ++r)
+      for (int k = 0; k < kVecs<W>; ++k) xv[r][k] = load(x + r * x_stride + d + k * kLanes);
     for (int c = 0; c < Cols; ++c) {
-      const Vec wv = load(head[c] + d);
-      for (int r = 0; r < Rows; ++r) acc[r][c] += wv * xv[r];
+      Vec wv[kVecs<W>];
+      weights(c, wv);
+      for (int k = 0; k < kVecs<W>; ++k)
+        for (int r = 0; r < Rows; ++r) acc[r][c] += wv[k] * xv[r][k];
     }
-  }
-  if (whole < width) {
-    for (int c = 0; c < Cols; ++c) {
-      const Vec wv = load_tail(head[c] + whole, static_cast<int>(width - whole));
-      for (int r = 0; r < Rows; ++r) acc[r][c] += wv * load(x + r * x_stride + whole);
-    }
-  }
+  };
+  int64_t d = 0;
+  for (; d + kStep<W> <= width; d += kStep<W>) step(d, [&](int c, auto& wv) { load_weights(head[c] + d, wv); });
+  if (d < width) step(d, [&](int c, auto& wv) { load_weights_tail(head[c] + d, width - d, wv); });
   for (int r = 0; r < Rows; ++r) {
     for (int c = 0; c < Cols; c += 4) {
       const Vec4 sums = sum4(acc[r][c], acc[r][c + 1], acc[r][c + 2], acc[r][c + 3]);

@@ -5,10 +5,10 @@
 namespace exeunt::cpu {
 namespace {
 
-constexpr Isa kBaseline{"baseline", baseline::exit_stats_chunk};
+constexpr Isa kBaseline{"baseline", 4, baseline::exit_stats_chunk};
 #if defined(__x86_64__)
-constexpr Isa kAvx2{"avx2", avx2::exit_stats_chunk};
-constexpr Isa kAvx512{"avx512", avx512::exit_stats_chunk};
+constexpr Isa kAvx2{"avx2", 8, avx2::exit_stats_chunk};
+constexpr Isa kAvx512{"avx512", 16, avx512::exit_stats_chunk};
 
 // __builtin_cpu_supports answers no where the operating system does not save the registers.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

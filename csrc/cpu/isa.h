@@ -8,6 +8,7 @@ namespace exeunt::cpu {
 
 struct Isa {
   const char* name;
+  int lanes;  // floats in a vector register: kLanes of vec.h
   ExitStatsChunk exit_stats_chunk;
 };
 

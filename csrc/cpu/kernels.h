@@ -8,7 +8,7 @@
 namespace exeunt::cpu {
 
 // Partial statistics of vocabulary rows [begin, end) for the live rows of `p`.
-//   x         [rows, x_stride] normalised hidden rows, float32, 64-byte aligned, zero beyond D
+//   x         [rows, x_stride] normalised hidden rows, float32, in lane order, 64-byte aligned, zero beyond D
 //   out_rows  the row of logits_out that each of them writes
 //   partials  [rows, partial_stride], this chunk's column
 struct ExitStatsChunkArgs {

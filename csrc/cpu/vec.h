@@ -19,7 +19,6 @@ constexpr int kLanes = 4;
 using Vec = float __attribute__((vector_size(kLanes * 4)));
 using IVec = int32_t __attribute__((vector_size(kLanes * 4)));
 using UVec = uint32_t __attribute__((vector_size(kLanes * 4)));
-using HVec = uint16_t __attribute__((vector_size(kLanes * 2)));
 using Vec4 = float __attribute__((vector_size(16)));
 
 #define EXEUNT_INLINE static inline __attribute__((always_inline))
@@ -32,19 +31,30 @@ EXEUNT_INLINE Vec load(const float* p) {
   return v;
 }
 
-EXEUNT_INLINE Vec load(const BFloat16* p) {  // bfloat16 is the upper half of a float
-  HVec h;
-  __builtin_memcpy(&h, p, sizeof h);
-  const UVec wide = __builtin_convertvector(h, UVec) << 16;
-  return reinterpret_cast<const Vec&>(wide);
+// A vector register full of weights as floats: one Vec of float32, two of bfloat16 (even elements, then odd ones).
+// Splitting a register by parity takes a shift and a mask, where widening it in order takes three shuffles; the hidden
+// rows are laid out to match (lane_order() in exit_stats.cpp).
+template <class W>
+constexpr int kVecs = 4 / sizeof(W);
+template <class W>
+constexpr int kStep = kLanes * kVecs<W>;
+
+EXEUNT_INLINE void load_weights(const float* p, Vec (&out)[1]) { out[0] = load(p); }
+
+EXEUNT_INLINE void load_weights(const BFloat16* p, Vec (&out)[2]) {  // bfloat16 is the upper half of a float
+  UVec pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  const UVec even = pairs << 16, odd = pairs & 0xffff0000u;
+  out[0] = reinterpret_cast<const Vec&>(even);
+  out[1] = reinterpret_cast<const Vec&>(odd);
 }
 
-// The first `count` < kLanes elements, zeros after: never reads past the row.
-template <class T>
-EXEUNT_INLINE Vec load_tail(const T* p, int count) {
-  alignas(64) T padded[kLanes] = {};
-  __builtin_memcpy(padded, p, sizeof(T) * static_cast<unsigned>(count));
-  return load(padded);
+// The first `count` < kStep elements, zeros after: never reads past the row.
+template <class W>
+EXEUNT_INLINE void load_weights_tail(const W* p, int64_t count, Vec (&out)[kVecs<W>]) {
+  alignas(64) W padded[kStep<W>] = {};
+  __builtin_memcpy(padded, p, sizeof(W) * static_cast<uint64_t>(count));
+  load_weights(padded, out);
 }
 
 EXEUNT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
