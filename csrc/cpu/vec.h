@@ -23,6 +23,13 @@ using Vec4 = float __attribute__((vector_size(16)));
 
 #define EXEUNT_INLINE static inline __attribute__((always_inline))
 
+template <class To, class From>
+EXEUNT_INLINE To bits(From from) {  // the same bits under another element type
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 EXEUNT_INLINE Vec splat(float value) { return Vec{} + value; }
 
 EXEUNT_INLINE Vec load(const float* p) {
@@ -45,8 +52,8 @@ EXEUNT_INLINE void load_weights(const BFloat16* p, Vec (&out)[2]) {  // bfloat16
   UVec pairs;
   __builtin_memcpy(&pairs, p, sizeof pairs);
   const UVec even = pairs << 16, odd = pairs & 0xffff0000u;
-  out[0] = reinterpret_cast<const Vec&>(even);
-  out[1] = reinterpret_cast<const Vec&>(odd);
+  out[0] = bits<Vec>(even);
+  out[1] = bits<Vec>(odd);
 }
 
 // The first `count` < kStep elements, zeros after: never reads past the row.
@@ -97,8 +104,8 @@ EXEUNT_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const IVec exponent = (reinterpret_cast<const IVec&>(shifted) - 0x4b400000 + 127) << 23;
-  return p * reinterpret_cast<const Vec&>(exponent);
+  const IVec exponent = (bits<IVec>(shifted) - 0x4b400000 + 127) << 23;
+  return p * bits<Vec>(exponent);
 }
 
 // tanh: a polynomial near zero, where the quotient would cancel, (1 - 2 / (e^2|x| + 1)) beyond. NaN stays NaN.

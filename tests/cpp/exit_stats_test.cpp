@@ -1,0 +1,147 @@
+// The C++ core without Python: the merge is a monoid, and every ISA path agrees with a plain loop in double, including
+// tails of D and V, strides, flagged rows and thread counts. Built natively, under sanitizers and for aarch64 by
+// tests/run_cpp; exits non-zero with a line for each failure.
+#include "core/exit_stats.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/exit_stats.h"
+#include "cpu/isa.h"
+
+using namespace exeunt;
+
+namespace {
+
+int failures = 0;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+bool same_bits(const ExitStats& a, const ExitStats& b) { return __builtin_memcmp(&a, &b, sizeof a) == 0; }
+
+ExitStats of(const std::vector<float>& z, int first) {
+  ExitStats s = exit_stats_empty();
+  for (size_t i = 0; i < z.size(); ++i) s = exit_stats_merge(s, {first + static_cast<int>(i), z[i], -kInf, 1.0f, 0.0f});
+  return s;
+}
+
+void merge_is_a_monoid() {
+  const ExitStats a = of({1.0f, 3.0f, 3.0f}, 0), b = of({3.0f, -2.0f}, 3), empty = exit_stats_empty();
+  expect(same_bits(exit_stats_merge(a, empty), a) && same_bits(exit_stats_merge(empty, a), a), "empty is neutral");
+  expect(exit_stats_merge(a, b).argmax == 1 && exit_stats_merge(b, a).argmax == 1, "ties go to the lowest index");
+  expect(exit_stats_merge(a, b).top2 == 3.0f, "top2 of a tie");
+  const ExitStats flagged = exit_stats_merge(exit_stats_flagged(), a);
+  expect(flagged.argmax == -1 && flagged.sumexp != flagged.sumexp, "a flagged part flags the whole");
+  expect(exit_stats_finish(empty).top1 != exit_stats_finish(empty).top1, "nothing seen is flagged in the end");
+  const ExitStats far = exit_stats_merge(of({-3e38f}, 0), of({3e38f}, 1));
+  expect(far.sumexp == 1.0f && far.weighted == 0.0f, "a shift that overflows contributes nothing");
+}
+
+template <class T>
+T narrow(float v);
+template <>
+float narrow(float v) {
+  return v;
+}
+template <>
+BFloat16 narrow(float v) {
+  return to_bfloat16(v);
+}
+
+template <class T>
+void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad_row) {
+  std::mt19937 rng(static_cast<unsigned>(n * 1000003 + v * 1009 + d));
+  std::normal_distribution<float> normal;
+  const int64_t stride = d + 3;
+  // Exactly as long as the last row needs, so that a sanitizer sees any read past it.
+  std::vector<T> hidden((n - 1) * stride + d), head((v - 1) * stride + d);
+  for (T& t : hidden) t = narrow<T>(normal(rng));
+  for (T& t : head) t = narrow<T>(normal(rng) / std::sqrt(static_cast<float>(d)));
+  if (bad_row) hidden[0] = narrow<T>(std::numeric_limits<float>::quiet_NaN());
+
+  std::vector<int64_t> argmax(n);
+  std::vector<float> top1(n), top2(n), sumexp(n), weighted(n), logits(n * v);
+  void* workspace = std::aligned_alloc(64, (cpu::exit_stats_workspace(n, v, d) + 63) / 64 * 64);
+  ExitStatsParams p{};
+  p.hidden = hidden.data();
+  p.head = head.data();
+  p.hidden_dtype = p.head_dtype = dtype;
+  p.hidden_stride = p.head_stride = stride;
+  p.rows = n;
+  p.vocab = v;
+  p.width = d;
+  p.norm = Norm::rms;
+  p.eps = 1e-6f;
+  p.scale = p.temperature = 1.0f;
+  p.logits_out = logits.data();
+  p.logits_dtype = DType::float32;
+  p.logits_stride = v;
+  p.argmax = argmax.data();
+  p.top1 = top1.data();
+  p.top2 = top2.data();
+  p.sumexp = sumexp.data();
+  p.weighted = weighted.data();
+  p.workspace = workspace;
+  std::vector<float> first;
+  for (int threads : {1, 3}) {
+    p.threads = threads;
+    cpu::exit_stats(p);
+    if (threads == 1) first = sumexp;
+    expect(bad_row || first == sumexp, "bits depend on the number of threads");
+  }
+  std::free(workspace);
+
+  const std::string where = std::string(cpu::selected_isa().name) + " n=" + std::to_string(n) +
+                            " v=" + std::to_string(v) + " d=" + std::to_string(d) + (bad_row ? " bad" : "");
+  for (int64_t r = 0; r < n; ++r) {
+    if (bad_row && r == 0) {
+      expect(argmax[r] == -1 && sumexp[r] != sumexp[r], where + ": NaN is flagged");
+      continue;
+    }
+    double power = 0.0, best = -1e300, sum = 0.0;
+    for (int64_t i = 0; i < d; ++i) power += std::pow(to_float(hidden[r * stride + i]), 2.0);
+    const double rstd = 1.0 / std::sqrt(power / static_cast<double>(d) + 1e-6);
+    std::vector<double> z(v, 0.0);
+    for (int64_t j = 0; j < v; ++j) {
+      for (int64_t i = 0; i < d; ++i) z[j] += rstd * to_float(hidden[r * stride + i]) * to_float(head[j * stride + i]);
+      best = std::max(best, z[j]);
+      expect(std::fabs(logits[r * v + j] - z[j]) < 1e-4, where + ": logits");
+    }
+    for (double value : z) sum += std::exp(value - best);
+    expect(std::fabs(top1[r] - best) < 1e-4, where + ": top1");
+    expect(std::fabs(sumexp[r] / sum - 1.0) < 1e-4, where + ": sumexp");
+    expect(z[argmax[r]] > best - 1e-4, where + ": argmax");
+  }
+}
+
+}  // namespace
+
+int main() {
+  merge_is_a_monoid();
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    if (cpu::select_isa(isa) != isa) continue;  // not on this machine
+    for (int64_t n : {1, 2, 5, 66})
+      for (int64_t v : {1, 3, 35, 130, 515})
+        for (int64_t d : {1, 31, 33, 96}) {
+          matches_a_plain_loop<float>(DType::float32, n, v, d, false);
+          matches_a_plain_loop<BFloat16>(DType::bfloat16, n, v, d, false);
+        }
+    matches_a_plain_loop<float>(DType::float32, 3, 40, 64, true);
+    matches_a_plain_loop<BFloat16>(DType::bfloat16, 3, 40, 64, true);
+    std::printf("%s: checked\n", isa);
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
