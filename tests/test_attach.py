@@ -230,7 +230,7 @@ def test_prompts_chunks_and_assisted_decoding_run_at_full_depth(model):
         cache = prompt.past_key_values
         chunk = model(input_ids=inputs["input_ids"][:, :5], past_key_values=cache)
         assert early.report().steps == 0 and early.report().full_forwards == 2
-        model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3)
+        model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=202)
         assert early.report().steps == 0
     plain = model(**inputs, use_cache=True)
     assert torch.equal(prompt.logits, plain.logits)
@@ -241,7 +241,7 @@ def test_prompts_chunks_and_assisted_decoding_run_at_full_depth(model):
 def test_prompt_lookup_gives_the_unattached_tokens(model):
     ids = torch.arange(3, 9).repeat(1, 5)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    kw = dict(max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+    kw = dict(max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=202)
     plain = model.generate(**inputs, **kw)
     with exeunt.attach(model, exeunt.recipes.calm([0], 0.0)):
         assert torch.equal(model.generate(**inputs, **kw), plain)

@@ -69,5 +69,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("omp_max_threads", [] { return omp_get_max_threads(); }, "Threads that the OpenMP runtime would use.");
   m.def("exit_stats_workspace", &cpu::exit_stats_workspace, py::arg("rows"), py::arg("vocab"), py::arg("width"),
         "Bytes of workspace that exit_stats needs.");
-  m.def("exit_stats", &exit_stats, "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
+  m.def("exit_stats", &exit_stats, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
+        py::arg("head"), py::arg("head_dtype"), py::arg("head_stride"), py::arg("rows"), py::arg("vocab"),
+        py::arg("width"), py::arg("row_list"), py::arg("row_list_64"), py::arg("count"), py::arg("count_64"),
+        py::arg("head_bias"), py::arg("head_bias_dtype"), py::arg("norm"), py::arg("norm_weight"),
+        py::arg("norm_weight_dtype"), py::arg("norm_bias"), py::arg("norm_bias_dtype"), py::arg("eps"),
+        py::arg("scale"), py::arg("softcap"), py::arg("temperature"), py::arg("logits_out"), py::arg("logits_dtype"),
+        py::arg("logits_stride"), py::arg("argmax"), py::arg("top1"), py::arg("top2"), py::arg("sumexp"),
+        py::arg("weighted"), py::arg("workspace"), py::arg("threads"),
+        "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
 }

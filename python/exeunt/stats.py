@@ -36,7 +36,7 @@ class ExitStats(NamedTuple):
     >>> import torch, exeunt
     >>> stats = exeunt.ExitStats.from_logits(torch.tensor([[0.0, 2.0, 0.0]]))
     >>> int(stats.argmax), round(float(stats.max_prob), 3), round(float(stats.entropy), 3)
-    (1, 0.787, 0.665)
+    (1, 0.787, 0.666)
     """
 
     argmax: Tensor

@@ -1,0 +1,46 @@
+"""Every example in a docstring runs and prints what it says; every public name has a docstring."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import exeunt
+
+# The extension modules are generated stubs and pointers; __main__ would run the command line.
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(exeunt.__path__, "exeunt.")
+    if m.name not in ("exeunt._cpu", "exeunt._cuda", "exeunt.__main__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as missing:
+        pytest.skip(f"{name} needs an optional package: {missing}")
+    torch.manual_seed(0)
+    found = doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=vars(module).copy())
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in found:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.parametrize("module", [exeunt, *(getattr(exeunt, n) for n in exeunt.__all__ if inspect.ismodule(getattr(exeunt, n)))],
+                         ids=lambda m: m.__name__)  # fmt: skip
+def test_public_callables_have_examples(module):
+    for name in getattr(module, "__all__", []):
+        thing = getattr(module, name)
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and not name.startswith("_"):
+            assert thing.__doc__, f"{module.__name__}.{name} has no docstring"
+    functions = [getattr(module, n) for n in getattr(module, "__all__", []) if inspect.isfunction(getattr(module, n))]
+    for function in functions:
+        assert ">>>" in function.__doc__, f"{module.__name__}.{function.__name__} has no example"
