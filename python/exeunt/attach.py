@@ -21,7 +21,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,10 @@ from exeunt import ops
 from exeunt.confidence import ExitPoint
 from exeunt.heads import ExitHead
 from exeunt.models import KeyValues, LayerCall, Structure, discover
-from exeunt.models.layer_call import RowTaker
 from exeunt.models.structure import CACHE_KEYWORD
 from exeunt.recipes import Recipe
-from exeunt.report import FINISHED, Report
-
-if TYPE_CHECKING:
-    from exeunt.cache import GenerationState
+from exeunt.report import Report
+from exeunt.step import Step
 
 __all__ = ["Attached", "attach"]
 
@@ -82,43 +79,6 @@ def attach(model: Any, recipe: Recipe) -> Attached:
     {1: 3}
     """
     return Attached(model, recipe)
-
-
-class _Step:
-    """One decoding step of a batch: which rows still run, which left where, and the logits that they took along.
-
-    ``rows`` (still running), ``left`` and ``ended`` are index tensors that partition the batch; ``rows`` is None while
-    all of it runs.
-    """
-
-    def __init__(self, batch: int, depth: int, state: GenerationState, length: int, device: torch.device) -> None:
-        self.batch, self.state, self.position = batch, state, state.position(length)
-        self.take = RowTaker(batch)
-        self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
-        self.running = batch
-        self.rows: Tensor | None = None
-        self.left: Tensor | None = None
-        self.ended: Tensor | None = None
-        self.logits: Tensor | None = None  # [B, V] once a check has written logits
-        self.has_logits = False  # whether the rows that left have theirs in `logits`
-        self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
-        self.started = time.perf_counter()
-        if state.exited and state.finished is not None and not bool(state.finished.all()):
-            self.leave(state.finished, FINISHED)
-            self.ended, self.left = self.left, None
-
-    def leave(self, go: Tensor, layer: int) -> int:
-        """Rows where ``go`` (one bool for each running row) is True stop running; returns how many."""
-        stay = (~go).nonzero().flatten()
-        gone = go.nonzero().flatten()
-        if gone.numel() == 0:
-            return 0
-        rows = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
-        leaving = rows[gone]
-        self.depth[leaving] = layer
-        self.left = leaving if self.left is None else torch.cat((self.left, leaving)).sort().values
-        self.rows, self.running = rows[stay], int(stay.numel())
-        return int(gone.numel())
 
 
 class Attached:
@@ -280,7 +240,7 @@ class Attached:
         if state.full_depth:
             return
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
-        self._local.step = _Step(batch, self.depth - 1, state, length, hidden.device)
+        self._local.step = Step(batch, self.depth - 1, state, length, hidden.device)
 
     def _layer(
         self, i: int, names: list[str], stock: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
@@ -289,7 +249,7 @@ class Attached:
         kwargs.update(zip(names, args, strict=False))
         if i == 0:
             self._begin(hidden, kwargs)
-        step: _Step | None = getattr(self._local, "step", None)
+        step: Step | None = getattr(self._local, "step", None)
         if step is None:
             return stock(hidden, **kwargs)
         if step.running == step.batch:
@@ -303,7 +263,7 @@ class Attached:
         step.hidden = after
         return out
 
-    def _ragged(self, call: LayerCall, step: _Step) -> Tensor:
+    def _ragged(self, call: LayerCall, step: Step) -> Tensor:
         """One layer of which some rows run, those that left only leave keys and values, and ended ones zeros."""
         filled = None
         if step.left is not None:
@@ -330,7 +290,7 @@ class Attached:
     # ---- exit points and logits
 
     @torch.no_grad()
-    def _check(self, i: int, step: _Step, before: Tensor, after: Tensor) -> None:
+    def _check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
         """Score the running rows after layer i and let those go that the policy releases."""
         heads = self.recipe.heads
         own = heads[i] if heads is not None and i in heads else None
@@ -349,7 +309,7 @@ class Attached:
         if step.leave(self.recipe.policy.exits(scores, step.position), i):
             step.state.exited = True
 
-    def _head_stats(self, state: Tensor, step: _Step) -> Any:
+    def _head_stats(self, state: Tensor, step: Step) -> Any:
         """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
         s = self.structure
         weight = s.weight
@@ -362,7 +322,6 @@ class Attached:
                 and spare.is_inference() == torch.is_inference_mode_enabled()
             )
             step.logits = spare if fits else state.new_empty(shape)
-            step.has_logits = True
         norm = s.final_norm
         if norm is None:
             state = s.normalise(state)
@@ -382,7 +341,7 @@ class Attached:
 
     def _head(self, stock: Callable[..., Any], normed: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Output embedding as the stock model calls it, after its final norm."""
-        step: _Step | None = getattr(self._local, "step", None)
+        step: Step | None = getattr(self._local, "step", None)
         self._local.step = None
         if step is None or normed.shape[:2] != (step.batch, 1):
             out = stock(normed, *args, **kwargs)
@@ -392,27 +351,27 @@ class Attached:
         self._count(step)
         return out
 
-    def _logits(self, stock: Callable[..., Any], normed: Tensor, step: _Step) -> Tensor:
+    def _logits(self, stock: Callable[..., Any], normed: Tensor, step: Step) -> Tensor:
         """Logits [B, 1, V]: of the check for rows that left at one, of the stock head for the others."""
         if step.running == step.batch:
             self._spare = step.logits  # nobody left: the buffer was not handed out
             self._report.head_reads += 1
             return stock(normed)
-        if step.left is not None and not step.has_logits:
+        if step.left is not None and step.logits is None:
             normed = self._translate(normed, step)
         out = step.logits
         if out is None:
-            out = normed.new_zeros(step.batch, self.structure.weight.shape[0])
+            out = normed.new_empty(step.batch, self.structure.weight.shape[0])
         if step.ended is not None:
             out[step.ended] = 0.0
-        asking = [r for r in (step.rows, None if step.has_logits else step.left) if r is not None and r.numel()]
+        asking = [r for r in (step.rows, None if step.logits is not None else step.left) if r is not None and r.numel()]
         if asking:
             rows = torch.cat(asking)
             out[rows] = stock(normed[rows])[:, 0]
             self._report.head_reads += 1
         return out[:, None]
 
-    def _translate(self, normed: Tensor, step: _Step) -> Tensor:
+    def _translate(self, normed: Tensor, step: Step) -> Tensor:
         """Normed states with those of rows that left without reading the head taken through their exit's translator."""
         heads = self.recipe.heads
         if heads is None or step.left is None or step.hidden is None:
@@ -433,7 +392,7 @@ class Attached:
             self._report.full_forwards += 1
             self._report.forward_seconds += time.perf_counter() - since
 
-    def _count(self, step: _Step) -> None:
+    def _count(self, step: Step) -> None:
         self._local.full_since = None
         self._report.steps += 1
         self._report.tokens += step.batch
