@@ -19,6 +19,7 @@ namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
 constexpr int kTile = 16;                        // vocabulary rows per tile; a multiple of every lane count
+constexpr int64_t kDepth = 1024;                 // elements of D per block: 4 rows of x and 4 of the head fit L1
 constexpr int kRowBlock = 64;                    // hidden rows whose LaneStats sit in L1 together (24 KiB with AVX-512)
 constexpr int kMaxGroup = kLanes == 16 ? 4 : 2;  // hidden rows that share one load of the head
 constexpr float kFloor = -87.0f;                 // e^-87 vanishes beside the leading 1 and is still a normal number
@@ -83,30 +84,54 @@ EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
   return out;
 }
 
-// z[r][c] = head[c] . x[r] for Rows x Cols pairs; head rows are given by pointer, so the ragged last tile can repeat.
+// The products of Rows hidden rows with Cols vocabulary rows over [begin, end) of D, in registers. Between blocks of D
+// the sums wait in `acc`, still spread over lanes; the last block folds them into z[r][column ...].
+// head[] holds a pointer for each vocabulary row of the tile (the ragged last tile repeats one) and of the next tile:
+// what will be read after these Cols rows is prefetched line by line, since so few streams leave the memory idle.
 template <int Rows, int Cols, class W>
-EXEUNT_INLINE void dot(const W* const* head, const float* x, int64_t x_stride, int64_t width, float* z) {
-  Vec acc[Rows][Cols] = {};
+EXEUNT_INLINE void accumulate(const W* const* head, int column, const float* x, int64_t x_stride, int64_t begin,
+                              int64_t end, int64_t width, Vec (*acc)[kTile], float (*z)[kTile]) {
+  Vec sum[Rows][Cols] = {};
+  if (begin > 0)
+    for (int r = 0; r < Rows; ++r)
+      for (int c = 0; c < Cols; ++c) sum[r][c] = acc[r][column + c];
   const auto step = [&](int64_t d, auto&& weights) {
     Vec xv[Rows][kVecs<W>];
     for (int r = 0; r < Rows; ++r)
       for (int k = 0; k < kVecs<W>; ++k) xv[r][k] = load(x + r * x_stride + d + k * kLanes);
     for (int c = 0; c < Cols; ++c) {
       Vec wv[kVecs<W>];
-      weights(c, wv);
+      weights(head[column + c] + d, wv);
+      __builtin_prefetch(head[column + c + Cols] + d, 0, 2);
       for (int k = 0; k < kVecs<W>; ++k)
-        for (int r = 0; r < Rows; ++r) acc[r][c] += wv[k] * xv[r][k];
+        for (int r = 0; r < Rows; ++r) sum[r][c] += wv[k] * xv[r][k];
     }
   };
-  int64_t d = 0;
-  for (; d + kStep<W> <= width; d += kStep<W>) step(d, [&](int c, auto& wv) { load_weights(head[c] + d, wv); });
-  if (d < width) step(d, [&](int c, auto& wv) { load_weights_tail(head[c] + d, width - d, wv); });
+  int64_t d = begin;
+  for (; d + kStep<W> <= end; d += kStep<W>) step(d, [](const W* w, auto& wv) { load_weights(w, wv); });
+  if (d < end) step(d, [&](const W* w, auto& wv) { load_weights_tail(w, end - d, wv); });
   for (int r = 0; r < Rows; ++r) {
+    if (end < width) {
+      for (int c = 0; c < Cols; ++c) acc[r][column + c] = sum[r][c];
+      continue;
+    }
     for (int c = 0; c < Cols; c += 4) {
-      const Vec4 sums = sum4(acc[r][c], acc[r][c + 1], acc[r][c + 2], acc[r][c + 3]);
-      __builtin_memcpy(z + r * kTile + c, &sums, sizeof sums);
+      const Vec4 sums = sum4(sum[r][c], sum[r][c + 1], sum[r][c + 2], sum[r][c + 3]);
+      __builtin_memcpy(z[r] + column + c, &sums, sizeof sums);
     }
   }
+}
+
+// z[r][c] = head[c] . x[r] for a tile. Wide rows go in blocks of D, so that those of x stay in L1 for all columns; the
+// chain of multiply-adds of each pair is the same.
+template <int Rows, class W>
+EXEUNT_INLINE void dot(const W* const* head, const float* x, int64_t x_stride, int64_t width, float (*z)[kTile]) {
+  constexpr int kCols = columns<Rows>();
+  alignas(64) Vec acc[Rows][kTile];
+  const int64_t depth = Rows == 1 ? width : kDepth;
+  for (int64_t d = 0; d < width; d += depth)
+    for (int c = 0; c < kTile; c += kCols)
+      accumulate<Rows, kCols>(head, c, x, x_stride, d, d + depth < width ? d + depth : width, width, acc, z);
 }
 
 EXEUNT_INLINE void write_logits(const ExitStatsParams& p, int64_t row, int64_t vocab, int count, const float* raw) {
@@ -123,11 +148,9 @@ EXEUNT_INLINE void write_logits(const ExitStatsParams& p, int64_t row, int64_t v
 template <int Rows, class W>
 EXEUNT_INLINE void tile_rows(const ExitStatsChunkArgs& a, const W* const* head, int64_t vocab, int count,
                              const float* bias, int64_t first, LaneStats* stats) {
-  constexpr int kCols = columns<Rows>();
   const ExitStatsParams& p = *a.p;
   alignas(64) float z[Rows][kTile];
-  for (int c = 0; c < kTile; c += kCols)
-    dot<Rows, kCols>(head + c, a.x + first * a.x_stride, a.x_stride, p.width, z[0] + c);
+  dot<Rows>(head, a.x + first * a.x_stride, a.x_stride, p.width, z);
   const bool capped = p.softcap > 0.0f;
   const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
   const float gain_out = p.softcap / p.temperature;
@@ -157,14 +180,14 @@ void chunk(const ExitStatsChunkArgs& a) {
 
     for (int64_t vocab = a.begin; vocab < a.end; vocab += kTile) {
       const int count = static_cast<int>(a.end - vocab < kTile ? a.end - vocab : kTile);
-      const W* head[kTile];
+      const W* head[2 * kTile];
       float bias[kTile];
-      for (int i = 0; i < kTile; ++i) {
-        const int64_t v = vocab + (i < count ? i : count - 1);
+      for (int i = 0; i < 2 * kTile; ++i) {
+        const int64_t v = vocab + i < a.end ? vocab + i : a.end - 1;
         head[i] = weight + v * p.head_stride;
-        if (!p.head_bias.data) continue;
-        bias[i] = p.head_bias.dtype == DType::float32 ? static_cast<const float*>(p.head_bias.data)[v]
-                                                      : to_float(static_cast<const BFloat16*>(p.head_bias.data)[v]);
+        if (i < kTile && p.head_bias.data)
+          bias[i] = p.head_bias.dtype == DType::float32 ? static_cast<const float*>(p.head_bias.data)[v]
+                                                        : to_float(static_cast<const BFloat16*>(p.head_bias.data)[v]);
       }
       const float* b = p.head_bias.data ? bias : nullptr;
       int64_t r = 0;
