@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="attach needs transformers")
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StoppingCriteria
 
 import exeunt
@@ -343,11 +343,44 @@ def test_a_copy_of_an_attached_model_is_a_stock_model(model):
     assert torch.equal(got.sequences, plain.sequences)
 
 
-def test_auto_compile_is_off_while_attached(model):
-    before = model.generation_config.disable_compile
+@pytest.mark.parametrize("own_config", [False, True])
+def test_auto_compile_is_off_while_attached(model, monkeypatch, own_config):
+    seen = []
+    stock = type(model)._valid_auto_compile_criteria
+
+    def spy(self, kwargs, config):
+        seen.append(config.disable_compile)
+        return stock(self, kwargs, config)
+
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", spy)
+    kw = dict(generation_config=GenerationConfig(max_new_tokens=3)) if own_config else dict(max_new_tokens=3)
     with exeunt.attach(model, exeunt.recipes.calm([1], 0.5)):
-        assert model.generation_config.disable_compile is True
-    assert model.generation_config.disable_compile == before
+        model.generate(**prompts(), do_sample=False, **kw)
+    assert seen and all(seen) and not model.generation_config.disable_compile
+
+
+def test_a_second_generation_on_the_same_cache_starts_anew(model):
+    """Rows that ended in one turn are alive in the next, also if that begins with a single token."""
+    inputs = prompts()
+    with exeunt.attach(model, exeunt.recipes.calm([0, 2], 0.2)) as early:
+        free = generate(model, inputs).sequences[:, 9:]
+        cache = DynamicCache()
+        first = generate(model, inputs, eos_token_id=free[0, 4].item(), pad_token_id=0, past_key_values=cache)
+        assert early.report().histogram[-1] > 0
+        early.reset_report()
+        mask = torch.cat([inputs["attention_mask"], torch.ones(4, first.sequences.shape[1] - 9, dtype=torch.long)], 1)
+        again = dict(input_ids=first.sequences, attention_mask=mask)
+        generate(model, again, new=4, past_key_values=cache)
+    assert -1 not in early.report().histogram
+
+
+def test_weights_replaced_under_an_attached_model_are_used(model):
+    model = copy.deepcopy(model)
+    with exeunt.attach(model, exeunt.recipes.calm([0], 0.0)):
+        before = generate(model, prompts(), new=2).logits[1]
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2.0)
+        after = generate(model, prompts(), new=2).logits[1]
+    torch.testing.assert_close(after, 2.0 * before)
 
 
 def test_output_that_a_caller_keeps_is_not_overwritten(model):
@@ -379,6 +412,8 @@ def test_bad_input_gets_one_sentence(model):
         attach(model, calm(heads=heads, threshold=0.5))
     with pytest.raises(ValueError, match="expected exit heads of width 32, got 48"):
         attach(model, calm(heads=trained_like_heads([1], size=48), threshold=0.5))
+    with pytest.raises(ValueError, match=r"margin reads the head, which must be torch.float32 or torch.bfloat16, got"):
+        attach(copy.deepcopy(model).half(), calm([1], 0.5))
     early = attach(model, calm([1], 0.5))
     with pytest.raises(ValueError, match="a LlamaForCausalLM that has them"):
         attach(model, calm([1], 0.5))

@@ -15,7 +15,7 @@ HERE = policies.Position(5, 100)
 
 def point(logits=None, hidden=None, previous=None, head=None):
     stats = None if logits is None else ExitStats.from_logits(torch.tensor(logits))
-    return confidence.ExitPoint(hidden, previous, head, stats)
+    return confidence.ExitPoint(hidden, previous, head or ExitHead(), stats)
 
 
 def test_measures_on_two_logits_three_to_one():

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from exeunt import ops
 from exeunt.confidence import ExitPoint
-from exeunt.heads import ExitHead
 from exeunt.models import KeyValues, LayerCall, Structure, discover
 from exeunt.models.structure import CACHE_KEYWORD
 from exeunt.recipes import Recipe
@@ -145,9 +144,14 @@ class Attached:
         outside = [e for e in self.recipe.exits if not 0 <= e <= self.depth - 2]
         if outside:
             raise ValueError(f"attach: exits must lie in 0..{self.depth - 2} for {self.depth} layers, got {outside}")
-        weight, heads = self.structure.weight, self.recipe.heads
+        weight = self.structure.weight
+        if self.recipe.confidence.reads_head and weight.dtype not in ops.DTYPES:
+            kinds = " or ".join(str(t) for t in ops.DTYPES)
+            raise ValueError(
+                f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
+            )
         for e in self.recipe.exits:
-            own = heads[e] if heads is not None and e in heads else ExitHead()
+            own = self.recipe.head(e)
             for part in (own.translator, own.probe):
                 if part is None:
                     continue
@@ -182,8 +186,11 @@ class Attached:
             if model is not self.model:  # a copy of the model: its own method
                 return type(model)._prepare_cache_for_generation(model, config, kwargs, *args, **named)
             result = prepare(config, kwargs, *args, **named)
-            state = self._adopt(kwargs.get(CACHE_KEYWORD))
+            config.disable_compile = True  # generate's own copy; exits depend on data
+            cache: Any = kwargs.get(CACHE_KEYWORD)
+            state = self._adopt(cache)
             if state is not None:
+                state.begin_prompt(int(cache.get_seq_length()))
                 mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
                 state.full_depth = "assisted" in mode
                 state.max_length = config.max_length
@@ -191,8 +198,6 @@ class Attached:
             return result
 
         self._set(self.model, "_prepare_cache_for_generation", types.MethodType(prepare_cache, self.model))
-        if getattr(self.model, "generation_config", None) is not None:
-            self._set(self.model.generation_config, "disable_compile", True)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, to be undone."""
@@ -292,14 +297,13 @@ class Attached:
     @torch.no_grad()
     def _check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
         """Score the running rows after layer i and let those go that the policy releases."""
-        heads = self.recipe.heads
-        own = heads[i] if heads is not None and i in heads else None
+        own = self.recipe.head(i)
         hidden, previous = after[:, 0], before[:, 0]
         if step.rows is not None:
             hidden, previous = hidden[step.rows], previous[step.rows]
         stats = None
         if self.recipe.confidence.reads_head:
-            state = hidden if own is None else own.state(hidden)
+            state = own.state(hidden)
             if step.rows is not None:  # the op takes a row list, so that logits land at the rows of the batch
                 full = state.new_zeros(step.batch, state.shape[1])
                 full[step.rows] = state
@@ -373,14 +377,12 @@ class Attached:
 
     def _translate(self, normed: Tensor, step: Step) -> Tensor:
         """Normed states with those of rows that left without reading the head taken through their exit's translator."""
-        heads = self.recipe.heads
-        if heads is None or step.left is None or step.hidden is None:
-            return normed
-        normed = normed.clone()
+        assert step.left is not None and step.hidden is not None
         for layer in self.recipe.exits:
             rows = step.left[step.depth[step.left] == layer]
-            if rows.numel() and layer in heads:
-                normed[rows] = self.structure.normalise(heads[layer].state(step.hidden[rows]))
+            own = self.recipe.head(layer)
+            if rows.numel() and own.translator is not None:
+                normed = normed.index_copy(0, rows, self.structure.normalise(own.state(step.hidden[rows])))
         return normed
 
     # ---- counting

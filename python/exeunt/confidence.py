@@ -27,7 +27,7 @@ class ExitPoint:
         [n, D] output of the exit's layer.
     previous : Tensor
         [n, D] input of the same layer.
-    head : ExitHead or None
+    head : ExitHead
         What the exit has of its own (translator, probe).
     stats : ExitStats or None
         Statistics of the exit's logits, for measures with ``reads_head``.
@@ -35,7 +35,7 @@ class ExitPoint:
 
     hidden: Tensor
     previous: Tensor
-    head: ExitHead | None
+    head: ExitHead
     stats: ExitStats | None
 
 
@@ -59,7 +59,7 @@ class Confidence:
     --------
     >>> import torch, exeunt
     >>> stats = exeunt.ExitStats.from_logits(torch.tensor([[0.0, 2.0, 0.0]]))
-    >>> point = exeunt.confidence.ExitPoint(torch.zeros(1, 8), torch.zeros(1, 8), None, stats)
+    >>> point = exeunt.confidence.ExitPoint(torch.zeros(1, 8), torch.zeros(1, 8), exeunt.heads.ExitHead(), stats)
     >>> round(float(exeunt.confidence.measure("margin").score(point)), 3)
     0.68
     """
@@ -81,7 +81,7 @@ def _saturation(point: ExitPoint) -> Tensor:
 
 
 def _probe(point: ExitPoint) -> Tensor:
-    assert point.head is not None and point.head.probe is not None  # attach has checked
+    assert point.head.probe is not None  # the recipe has checked
     return point.head.probe(point.hidden)
 
 

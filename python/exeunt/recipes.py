@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exeunt.confidence import Confidence, measure
-from exeunt.heads import ExitHeads
+from exeunt.heads import ExitHead, ExitHeads
 from exeunt.policies import Decay, Threshold
 from exeunt.states import Propagate
 
@@ -46,9 +46,13 @@ class Recipe:
             raise ValueError(f"exits must ascend without repeats, got {list(self.exits)}")
         self.policy.check(self.confidence.low, self.confidence.high, self.confidence.name)
         if self.confidence.name == "probe":
-            bare = [e for e in self.exits if self.heads is None or e not in self.heads or self.heads[e].probe is None]
+            bare = [e for e in self.exits if self.head(e).probe is None]
             if bare:
                 raise ValueError(f"confidence 'probe' needs exit heads with a probe at exits {bare}, got none there")
+
+    def head(self, layer: int) -> ExitHead:
+        """What the exit after ``layer`` has of its own; an empty head where nothing was trained for it."""
+        return self.heads[layer] if self.heads is not None and layer in self.heads else ExitHead()
 
 
 def calm(

@@ -16,12 +16,21 @@ CACHE_KEYWORD = "past_key_values"
 
 @dataclass(frozen=True)
 class FinalNorm:
-    """The model's last norm in the terms of ``exit_stats``."""
+    """The model's last norm in the terms of ``exit_stats``; its parameters are read where they live."""
 
     kind: str
-    weight: Tensor
-    bias: Tensor | None
     eps: float
+    module: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """[D] weight."""
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[D] bias, where there is one."""
+        return getattr(self.module, "bias", None)
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,18 @@ class Structure:
         That norm as the fused op takes it; None where the op has no equal, then ``tail`` is applied first.
     head : nn.Module
         The output embedding.
-    weight : Tensor
-        Its [V, D] weight.
     """
 
     model: Any
     layers: tuple[nn.Module, ...]
     tail: tuple[nn.Module, ...]
     final_norm: FinalNorm | None
-    head: nn.Module
-    weight: Tensor
+    head: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D] weight of the output embedding, as it is now."""
+        return self.head.weight
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """Apply what the decoder applies after its last layer."""
@@ -101,7 +112,7 @@ def discover(model: Any) -> Structure:
             )
 
     layers, tail = _trace(model, decoder, stack, head)
-    return Structure(model, layers, tail, _final_norm(tail, head.weight), head, head.weight)
+    return Structure(model, layers, tail, _final_norm(tail, head.weight), head)
 
 
 @torch.no_grad()
@@ -168,4 +179,4 @@ def _final_norm(tail: tuple[nn.Module, ...], weight: Tensor) -> FinalNorm | None
     tolerance = 16 * torch.finfo(weight.dtype).eps
     if not torch.allclose(norm(x).float(), expected, rtol=tolerance, atol=tolerance):
         return None
-    return FinalNorm(kind, norm.weight, bias, eps)
+    return FinalNorm(kind, eps, norm)

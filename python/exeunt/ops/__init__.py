@@ -1,5 +1,6 @@
 """The fused ops: what model code calls."""
 
+from exeunt.ops._backend import DTYPES
 from exeunt.ops.exit_stats import exit_stats
 
-__all__ = ["exit_stats"]
+__all__ = ["DTYPES", "exit_stats"]

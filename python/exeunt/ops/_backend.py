@@ -10,7 +10,8 @@ from types import ModuleType
 import torch  # before the extensions: they then share the OpenMP runtime that torch has loaded
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/core/dtype.h
+#: What the kernels take for hidden states and heads, as csrc/core/dtype.h numbers them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def _module(name: str) -> ModuleType | None:
