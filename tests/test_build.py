@@ -33,7 +33,8 @@ def configure(tmp_path, **env):
 
 
 needs_cmake = pytest.mark.skipif(
-    CMAKE is None or importlib.util.find_spec("pybind11") is None, reason="needs cmake and pybind11 (pip install exeunt[dev])"
+    CMAKE is None or importlib.util.find_spec("pybind11") is None,
+    reason="needs cmake and pybind11 (pip install exeunt[dev])",
 )
 
 

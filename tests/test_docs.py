@@ -35,8 +35,10 @@ def test_docstring_examples(name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-@pytest.mark.parametrize("module", [exeunt, *(getattr(exeunt, n) for n in exeunt.__all__ if inspect.ismodule(getattr(exeunt, n)))],
-                         ids=lambda m: m.__name__)  # fmt: skip
+PUBLIC = [exeunt, *(thing for name in exeunt.__all__ if inspect.ismodule(thing := getattr(exeunt, name)))]
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
 def test_public_callables_have_examples(module):
     for name in getattr(module, "__all__", []):
         thing = getattr(module, name)

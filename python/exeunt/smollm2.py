@@ -182,6 +182,7 @@ def _convert(gguf_file: Path, folder: Path, progress: bool) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": vocabulary[token_id] for name, token_id in token_ids.items()},
         "chat_template": field["tokenizer.chat_template"],
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": field["llama.context_length"],
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # right for a decoder: its next token follows the last one of every row

