@@ -69,6 +69,7 @@ def test_translator_keeps_the_input_dtype_and_takes_its_mean_square_in_float32()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert translator.to(dtype)(h).dtype == torch.float32
         assert translator(h.to(dtype)).dtype == dtype
+        assert translator.float()(h.to(dtype)).dtype == dtype
     large = torch.full((1, 64), 1000.0)  # its square overflows float16
     assert torch.allclose(translator(large.half()).float(), translator.float()(large), atol=0.5)
 
@@ -84,14 +85,15 @@ def test_probe_is_a_sigmoid_of_the_normalised_state():
     torch.testing.assert_close(probe(100 * h), probe(h))
 
 
-def test_a_cast_leaves_the_probe_in_float32_bit_for_bit(heads):
+def test_a_cast_leaves_the_probe_in_float32_bit_for_bit():
+    heads = ExitHeads({4: ExitHead(Translator(64), Probe(64))})
+    nn.init.normal_(heads[4].probe.weight)  # not exact in 16 bits
     before = heads[4].probe.weight.clone()
-    assert heads[4].translator.up.weight.dtype == torch.bfloat16
-    for cast in (lambda: heads.half(), lambda: heads.to(torch.bfloat16), lambda: heads.double()):
-        cast()
+    for cast, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
+        getattr(heads, cast)()
+        assert heads.to(dtype)[4].translator.up.weight.dtype == dtype
         assert heads[4].probe.weight.dtype == heads[4].probe.bias.dtype == torch.float32
         assert torch.equal(heads[4].probe.weight, before)
-    assert heads[4].translator.up.weight.dtype == torch.float64
     assert heads[4].probe(torch.randn(2, 64).half()).dtype == torch.float32
 
 
