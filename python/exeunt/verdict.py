@@ -13,7 +13,7 @@ def table(outcome: Outcome) -> list[tuple[str, str, str]]:
     """Rows of what was measured: its name, at full depth, with exits."""
     full, early = outcome.full, outcome.early
     rows = [
-        ("tokens per second", f"{full.speed:.1f}", f"{early.speed:.1f}"),
+        ("tokens per second, mean of the prompts", f"{full.speed:.1f}", f"{early.speed:.1f}"),
         ("new tokens", f"{full.tokens}", f"{early.tokens}"),
         ("layers run per token", f"{outcome.layers:.1f}", f"{outcome.layers_per_token:.1f}"),
         ("tokens that left early", "", f"{outcome.left:.0%}"),
