@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CMAKE = shutil.which("cmake")
 
 
 def configure(tmp_path, **env):
@@ -22,19 +21,26 @@ def configure(tmp_path, **env):
     for tool in ("c++", "g++", "gcc", "cc", "make", "ninja", "ld", "as", "ar", "ranlib", "sh", "env", "uname"):
         if shutil.which(tool):
             (tools / tool).symlink_to(shutil.which(tool))
+    import cmake
     import pybind11
 
-    command = [CMAKE, "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}",
-               f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DSKBUILD_PROJECT_VERSION=0",
-               "-DEXEUNT_NVCC="]  # fmt: skip
+    command = [
+        str(Path(cmake.CMAKE_BIN_DIR) / "cmake"),
+        *("-S", str(ROOT)),
+        *("-B", str(tmp_path / "build")),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DSKBUILD_PROJECT_VERSION=0",
+        "-DEXEUNT_NVCC=",
+    ]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "EXEUNT"))}
     done = subprocess.run(command, env={**clean, "PATH": str(tools), **env}, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 needs_cmake = pytest.mark.skipif(
-    CMAKE is None or importlib.util.find_spec("pybind11") is None,
-    reason="needs cmake and pybind11 (pip install exeunt[dev])",
+    not all(map(importlib.util.find_spec, ("cmake", "pybind11"))),
+    reason="needs cmake and pybind11 (pip install exeunt[test])",
 )
 
 

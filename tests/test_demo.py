@@ -210,21 +210,25 @@ def test_table_and_verdict_follow_from_the_numbers(model, heads, recipe):
 
     weights = sum(p.numel() for p in model.model.layers[0].parameters())
     said = " ".join(verdict(out))
-    assert "100% faster: 67% of the tokens left before the last layer, and 67% of all are" in said
+    assert "faster (+100.0%): 67% of the tokens left before the last layer, and 67% of all are" in said
     assert f"{VOCAB * WIDTH / weights:.1f} layers in bytes" in said
     assert "2.0 in time" in said and "an exit after 2 of 4 layers saves 2." in said
     assert "reads no head and costs 0.20 layers" in said and "more than 10" in said  # 0.2 of 2
-    assert "worth +20.5%" in said  # 4/3 layers less and one check more of a step of 1/3 s
-    assert "the gain would be 43%" in said  # 2 of 6.7 layers' time less: 1 / (1 - 0.3)
+    assert "worth +23.3%" in said  # 4/3 layers less and one check more of a step of 0.3 s
+    assert "the gain would be 50%" in said  # two layers less
 
     reading = " ".join(verdict(synthetic(model, recipes.calm(heads=heads, threshold=0.5, confidence="margin"))))
     assert "more than 5.0%" in reading  # 0.01 s of two layers and the head, 0.2 s
-    assert "the gain would be 133%" in reading  # two layers and the head less, a check more
-    assert "worth +58.7%" in reading  # two of three tokens do not read the head again
-    slower = synthetic(model, recipe, full=side(3, 3, 3), early=side(3.5, 1, 4))
-    assert "6% slower (from prompt to prompt -67% to +33%)" in verdict(slower)[0]
-    same = synthetic(model, recipe, early=side(3.01))
-    assert "neither faster nor slower (+0.3% is within noise):" in verdict(same)[0]
+    assert "the gain would be 173%" in reading  # two layers and the head less, a check more
+    assert "worth +69.8%" in reading  # two of three tokens do not read the head again
+    faster, slower, unclear, same = (
+        verdict(synthetic(model, recipe, full=side(*[4] * len(speeds)), early=side(*speeds)))[0]
+        for speeds in ([5, 6], [3], [3.8, 8.2], [4.1, 4.05])
+    )
+    assert faster.startswith("Early exit made this run faster (+37.5%; from prompt to prompt +25% to +50%):")
+    assert slower.startswith("Early exit made this run slower (-25.0%):")
+    assert unclear.startswith("This run shows no gain or loss in speed beyond noise (+50.0%; from prompt to prompt -5%")
+    assert same.startswith("This run shows no gain or loss in speed beyond noise (+1.9%; from prompt to prompt +1%")
     assert any("as long as one row stays" in sentence for sentence in verdict(synthetic(model, recipe, batch=2)))
     nothing = synthetic(model, recipe, answers=[demo.Answer("?", ["a"], [LAYERS], [True], 1)])
     assert not any("same for tokens" in name for name, *_ in table(nothing))

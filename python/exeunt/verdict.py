@@ -29,7 +29,7 @@ def table(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 def expected_gain(outcome: Outcome) -> float:
     """Gain in speed by arithmetic: what tokens that left saved, minus checks; one row at a time."""
-    costs, step = outcome.costs, outcome.full.seconds / outcome.full.tokens
+    costs, step = outcome.costs, _step(outcome)
     saved = (outcome.layers - outcome.layers_per_token) * costs.layer
     if outcome.recipe.confidence.reads_head:  # a token that leaves takes the check's logits along
         saved += outcome.left * costs.head
@@ -49,12 +49,12 @@ def verdict(outcome: Outcome) -> list[str]:
     skipped = layers - 1 - first
     head = outcome.structure.weight.numel()
     layer = sum(p.numel() for p in outcome.structure.layers[0].parameters())
-    step = outcome.full.seconds / outcome.full.head_reads
+    step = _step(outcome)
     saved = skipped * costs.layer + reads * costs.head
     needed = costs.check / saved
     best = step / (step - saved + reads * costs.check) - 1
     sentences = [
-        f"Early exit made this run {_change(outcome)}: {outcome.left:.0%} of the tokens left before the last layer, "
+        f"{_speed(outcome)}: {outcome.left:.0%} of the tokens left before the last layer, "
         f"and {outcome.agreement():.0%} of all are what full depth would have said there.",
         f"One read of this model's head costs {head / layer:.1f} layers in bytes ({head / 1e6:.1f} million weights "
         f"against {layer / 1e6:.1f}) and {costs.head / costs.layer:.1f} in time, and an exit after {first + 1} of "
@@ -76,13 +76,16 @@ def verdict(outcome: Outcome) -> list[str]:
     return sentences
 
 
-def _change(outcome: Outcome) -> str:
-    """How much faster or slower, overall and from prompt to prompt."""
+def _step(outcome: Outcome) -> float:
+    """Seconds of a full-depth step by its parts: medians, which a disturbed moment does not move."""
+    return outcome.layers * outcome.costs.layer + outcome.costs.head
+
+
+def _speed(outcome: Outcome) -> str:
+    """What can be said about speed: nothing where prompts contradict each other, as they do on a busy machine."""
     change = outcome.early.speed / outcome.full.speed - 1
-    within_noise = abs(change) < NOISE
-    text = "neither faster nor slower" if within_noise else f"{abs(change):.0%} {'faster' if change > 0 else 'slower'}"
     changes = [e / f - 1 for e, f in zip(outcome.early.speeds, outcome.full.speeds, strict=True)]
-    details = [f"{change:+.1%} is within noise"] if within_noise else []
-    if len(changes) > 1:
-        details.append(f"from prompt to prompt {min(changes):+.0%} to {max(changes):+.0%}")
-    return f"{text} ({'; '.join(details)})" if details else text
+    spread = f"; from prompt to prompt {min(changes):+.0%} to {max(changes):+.0%}" if len(changes) > 1 else ""
+    if abs(change) < NOISE or min(changes) < 0 < max(changes):
+        return f"This run shows no gain or loss in speed beyond noise ({change:+.1%}{spread})"
+    return f"Early exit made this run {'faster' if change > 0 else 'slower'} ({change:+.1%}{spread})"
