@@ -221,13 +221,14 @@ def test_table_and_verdict_follow_from_the_numbers(model, heads, recipe):
     assert "more than 5.0%" in reading  # 0.01 s of two layers and the head, 0.2 s
     assert "the gain would be 173%" in reading  # two layers and the head less, a check more
     assert "worth +69.8%" in reading  # two of three tokens do not read the head again
-    faster, slower, unclear, same = (
+    faster, slower, unclear, outlier, same = (
         verdict(synthetic(model, recipe, full=side(*[4] * len(speeds)), early=side(*speeds)))[0]
-        for speeds in ([5, 6], [3], [3.8, 8.2], [4.1, 4.05])
+        for speeds in ([5, 6], [3], [3.8, 8.2], [4.1, 4.1, 4.2, 8], [4.1, 4.05])
     )
     assert faster.startswith("Early exit made this run faster (+37.5%; from prompt to prompt +25% to +50%):")
     assert slower.startswith("Early exit made this run slower (-25.0%):")
     assert unclear.startswith("This run shows no gain or loss in speed beyond noise (+50.0%; from prompt to prompt -5%")
+    assert outlier.startswith("This run shows no gain or loss in speed beyond noise (+27.5%")
     assert same.startswith("This run shows no gain or loss in speed beyond noise (+1.9%; from prompt to prompt +1%")
     assert any("as long as one row stays" in sentence for sentence in verdict(synthetic(model, recipe, batch=2)))
     nothing = synthetic(model, recipe, answers=[demo.Answer("?", ["a"], [LAYERS], [True], 1)])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 from exeunt.demo import Outcome
 
 __all__ = ["expected_gain", "table", "verdict"]
 
-NOISE = 0.03  # two runs of the same thing differ by that much on a quiet machine
+NOISE = 0.03  # two runs of the same thing differ by this much at least
 
 
 def table(outcome: Outcome) -> list[tuple[str, str, str]]:
@@ -82,10 +85,13 @@ def _step(outcome: Outcome) -> float:
 
 
 def _speed(outcome: Outcome) -> str:
-    """What can be said about speed: nothing where prompts contradict each other, as they do on a busy machine."""
+    """What can be said about speed: only what exceeds two standard errors of the prompts' mean."""
     change = outcome.early.speed / outcome.full.speed - 1
     changes = [e / f - 1 for e, f in zip(outcome.early.speeds, outcome.full.speeds, strict=True)]
-    spread = f"; from prompt to prompt {min(changes):+.0%} to {max(changes):+.0%}" if len(changes) > 1 else ""
-    if abs(change) < NOISE or min(changes) < 0 < max(changes):
+    noise, spread = NOISE, ""
+    if len(changes) > 1:
+        noise = max(noise, 2 * statistics.stdev(changes) / math.sqrt(len(changes)))
+        spread = f"; from prompt to prompt {min(changes):+.0%} to {max(changes):+.0%}"
+    if abs(change) < noise:
         return f"This run shows no gain or loss in speed beyond noise ({change:+.1%}{spread})"
     return f"Early exit made this run {'faster' if change > 0 else 'slower'} ({change:+.1%}{spread})"
