@@ -63,8 +63,8 @@ def verdict(outcome: Outcome) -> list[str]:
         f"against {layer / 1e6:.1f}) and {costs.head / costs.layer:.1f} in time, and an exit after {first + 1} of "
         f"{layers} layers saves {skipped}.",
         f"A check by {recipe.confidence.name} reads {'the' if reads else 'no'} head and costs "
-        f"{costs.check / costs.layer:.2f} layers: it pays if more than {needed:.{int(needed < 0.1)}%} of the tokens "
-        f"leave{' (they take its logits along)' if reads else ''}.",
+        f"{costs.check / costs.layer:.2f} layers: by that alone it pays if more than {needed:.{int(needed < 0.1)}%} of "
+        f"the tokens leave{' (they take its logits along)' if reads else ''}.",
         f"Even if every token left there and skipped layers cost nothing more, the gain would be {best:.0%}: a read of "
         f"the head and the first {first + 1} layers remain.",
     ]
