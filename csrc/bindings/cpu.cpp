@@ -1,6 +1,8 @@
 // _cpu: integers and pointers in, nothing decided. The Python layer has checked every shape, dtype and index.
-#include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
 
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
@@ -15,20 +17,26 @@ VectorArg vector_arg(uintptr_t address, int dtype) {
   return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype)};
 }
 
-void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, uintptr_t head, int head_dtype,
-                int64_t head_stride, int64_t rows, int64_t vocab, int64_t width, uintptr_t row_list, bool row_list_64,
-                uintptr_t count, bool count_64, uintptr_t head_bias, int head_bias_dtype, int norm,
-                uintptr_t norm_weight, int norm_weight_dtype, uintptr_t norm_bias, int norm_bias_dtype, float eps,
-                float scale, float softcap, float temperature, uintptr_t logits_out, int logits_dtype,
-                int64_t logits_stride, uintptr_t argmax, uintptr_t top1, uintptr_t top2, uintptr_t sumexp,
-                uintptr_t weighted, uintptr_t workspace, int threads) {
+// (address, dtype, packed, tile stride, row stride, line stride, address of scales) of a weight; strides in bytes.
+using Weight = std::tuple<uintptr_t, int, bool, int64_t, int64_t, int64_t, uintptr_t>;
+
+WeightArg weight_arg(const Weight& w) {
+  const auto [data, dtype, packed, tile_stride, row_stride, line_stride, scale] = w;
+  return {reinterpret_cast<const void*>(data),  static_cast<DType>(dtype), packed, tile_stride, row_stride, line_stride,
+          reinterpret_cast<const float*>(scale)};
+}
+
+void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const Weight& head, int64_t rows,
+                int64_t vocab, int64_t width, uintptr_t row_list, bool row_list_64, uintptr_t count, bool count_64,
+                uintptr_t head_bias, int head_bias_dtype, int norm, uintptr_t norm_weight, int norm_weight_dtype,
+                uintptr_t norm_bias, int norm_bias_dtype, float eps, float scale, float softcap, float temperature,
+                uintptr_t logits_out, int logits_dtype, int64_t logits_stride, uintptr_t argmax, uintptr_t top1,
+                uintptr_t top2, uintptr_t sumexp, uintptr_t weighted, uintptr_t workspace, int threads) {
   ExitStatsParams p{};
   p.hidden = reinterpret_cast<const void*>(hidden);
-  p.head = reinterpret_cast<const void*>(head);
   p.hidden_dtype = static_cast<DType>(hidden_dtype);
-  p.head_dtype = static_cast<DType>(head_dtype);
   p.hidden_stride = hidden_stride;
-  p.head_stride = head_stride;
+  p.head = weight_arg(head);
   p.rows = rows;
   p.vocab = vocab;
   p.width = width;
@@ -66,16 +74,20 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_isa", &cpu::select_isa, py::arg("limit") = "",
         "Choose the best instruction set of this machine that is not above `limit`; returns its name.");
   m.def("isa", [] { return std::string(cpu::selected_isa().name); }, "The instruction set in use.");
-  m.def("omp_max_threads", [] { return omp_get_max_threads(); }, "Threads that the OpenMP runtime would use.");
-  m.def("exit_stats_workspace", &cpu::exit_stats_workspace, py::arg("rows"), py::arg("vocab"), py::arg("width"),
-        "Bytes of workspace that exit_stats needs.");
+  m.def("amx_refused", &cpu::amx_refused, "Whether the CPU has AMX and the operating system refused it.");
+  m.def(
+      "exit_stats_workspace",
+      [](int head, int64_t rows, int64_t vocab, int64_t width, int threads) {
+        return cpu::exit_stats_workspace(static_cast<DType>(head), rows, vocab, width, threads);
+      },
+      py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("threads"),
+      "Bytes of workspace that exit_stats needs.");
   m.def("exit_stats", &exit_stats, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
-        py::arg("head"), py::arg("head_dtype"), py::arg("head_stride"), py::arg("rows"), py::arg("vocab"),
-        py::arg("width"), py::arg("row_list"), py::arg("row_list_64"), py::arg("count"), py::arg("count_64"),
-        py::arg("head_bias"), py::arg("head_bias_dtype"), py::arg("norm"), py::arg("norm_weight"),
-        py::arg("norm_weight_dtype"), py::arg("norm_bias"), py::arg("norm_bias_dtype"), py::arg("eps"),
-        py::arg("scale"), py::arg("softcap"), py::arg("temperature"), py::arg("logits_out"), py::arg("logits_dtype"),
-        py::arg("logits_stride"), py::arg("argmax"), py::arg("top1"), py::arg("top2"), py::arg("sumexp"),
-        py::arg("weighted"), py::arg("workspace"), py::arg("threads"),
+        py::arg("head"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("row_list"),
+        py::arg("row_list_64"), py::arg("count"), py::arg("count_64"), py::arg("head_bias"), py::arg("head_bias_dtype"),
+        py::arg("norm"), py::arg("norm_weight"), py::arg("norm_weight_dtype"), py::arg("norm_bias"),
+        py::arg("norm_bias_dtype"), py::arg("eps"), py::arg("scale"), py::arg("softcap"), py::arg("temperature"),
+        py::arg("logits_out"), py::arg("logits_dtype"), py::arg("logits_stride"), py::arg("argmax"), py::arg("top1"),
+        py::arg("top2"), py::arg("sumexp"), py::arg("weighted"), py::arg("workspace"), py::arg("threads"),
         "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
 }

@@ -14,11 +14,24 @@ struct VectorArg {
   DType dtype;
 };
 
+// A weight [V, D] that the streaming product reads, by tiles of 16 rows and lines of 64 bytes. Strides are in bytes.
+//
+//   as it lies   row_stride apart, lines of a row side by side (line_stride 64); the last line may be short
+//   packed       [V / 16][lines][16][64]: the tile's rows of one line side by side (row_stride 64, line_stride 1024);
+//                D is padded to full lines and V to full tiles
+struct WeightArg {
+  const void* data;
+  DType dtype;
+  bool packed;
+  int64_t tile_stride, row_stride, line_stride;
+  const float* scale;  // [V], int8 only
+};
+
 struct ExitStatsParams {
   const void* hidden;  // [N, D], dtype hidden_dtype, row stride hidden_stride elements
-  const void* head;    // [V, D], dtype head_dtype, row stride head_stride elements
-  DType hidden_dtype, head_dtype;
-  int64_t hidden_stride, head_stride;
+  DType hidden_dtype;
+  int64_t hidden_stride;
+  WeightArg head;
   int64_t rows, vocab, width;  // M rows to check, V, D
 
   const void* row_list;  // [M] indices into hidden (and logits_out), or nullptr for 0..M-1

@@ -2,45 +2,88 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace exeunt::cpu {
 namespace {
 
-constexpr Isa kBaseline{"baseline", 4, baseline::exit_stats_chunk};
-#if defined(__x86_64__)
-constexpr Isa kAvx2{"avx2", 8, avx2::exit_stats_chunk};
-constexpr Isa kAvx512{"avx512", 16, avx512::exit_stats_chunk};
+bool g_amx_refused = false;
 
+#if defined(__x86_64__)
 // __builtin_cpu_supports answers no where the operating system does not save the registers.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+
+bool cpu_has_tiles() {
+#if defined(EXEUNT_AMX_EMULATED)
+  return true;
+#else
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (kBf16 | kTiles | kInt8)) == (kBf16 | kTiles | kInt8);
+#endif
+}
+
+// Tile registers are large, so Linux gives them only to a process that asks.
+bool has_amx() {
+  if (!has_avx512_bf16() || !cpu_has_tiles()) return false;
+#if !defined(EXEUNT_AMX_EMULATED)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  g_amx_refused = syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0;
+#endif
+  return !g_amx_refused;
+}
+
 #endif
 
-const Isa* g_selected = &kBaseline;
+#define EXEUNT_ISA_OF(isa) {#isa, isa::rows_bytes, isa::pack_row, isa::exit_stats_chunk}
+constexpr Isa kBaseline = EXEUNT_ISA_OF(baseline);
+#if defined(__x86_64__)
+constexpr Isa kAvx2 = EXEUNT_ISA_OF(avx2), kAvx512 = EXEUNT_ISA_OF(avx512), kAvx512Bf16 = EXEUNT_ISA_OF(avx512_bf16),
+              kAmx = EXEUNT_ISA_OF(amx);
+#endif
+#undef EXEUNT_ISA_OF
+
+// The limits that a user may name, each allowing those before it.
+constexpr const char* kLimits[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
 int level(const std::string& limit) {
-  const char* names[] = {"baseline", "avx2", "avx512", "amx"};
-  for (int i = 0; i < 4; ++i)
-    if (limit == names[i]) return i;
-  if (limit.empty()) return 3;
-  throw std::invalid_argument("EXEUNT_MAX_ISA must be baseline, avx2, avx512 or amx, got '" + limit + "'");
+  if (limit.empty()) return 4;
+  for (int i = 0; i < 5; ++i)
+    if (limit == kLimits[i]) return i;
+  throw std::invalid_argument("EXEUNT_MAX_ISA must be baseline, avx2, avx512, avx512_bf16 or amx, got '" + limit + "'");
 }
+
+const Isa* g_selected = &kBaseline;
 
 }  // namespace
 
 const Isa& selected_isa() { return *g_selected; }
 
+bool amx_refused() { return g_amx_refused; }
+
 std::string select_isa(const std::string& limit) {
-  const int allowed = level(limit);
+  [[maybe_unused]] const int allowed = level(limit);
   const Isa* best = &kBaseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (allowed >= 1 && has_avx2()) best = &kAvx2;
   if (allowed >= 2 && has_avx512()) best = &kAvx512;
-#else
-  (void)allowed;
+  // CPUs with tiles run vdpbf16ps at half the rate of float32 multiply-adds: there it must be asked for by name.
+  if (allowed >= 3 && has_avx512_bf16() && (!cpu_has_tiles() || allowed == 3)) best = &kAvx512Bf16;
+  if (allowed >= 4 && has_amx()) best = &kAmx;
 #endif
   g_selected = best;
   return best->name;

@@ -8,11 +8,15 @@ namespace exeunt::cpu {
 
 struct Isa {
   const char* name;
-  int lanes;  // floats in a vector register: kLanes of vec.h
+  RowsBytes rows_bytes;
+  PackRow pack_row;
   ExitStatsChunk exit_stats_chunk;
 };
 
 const Isa& selected_isa();
+
+// Whether this machine has tile registers (AMX) and its operating system would not give them to this process.
+bool amx_refused();
 
 // Choose the best ISA of this machine that is not above `limit` ("" for no limit); returns its name.
 // Throws std::invalid_argument on an unknown limit.

@@ -7,30 +7,52 @@
 
 namespace exeunt::cpu {
 
+// What a hidden row packed as integers needs to become floats again (int8 heads, see product.h).
+struct RowScale {
+  float scale;
+  int32_t sum_high, sum_low;  // of its two planes
+};
+
+// Hidden rows in the form that a weight's product wants: rows_bytes() of memory, 64-byte aligned.
+struct PackedRows {
+  char* data;
+  RowScale* scale;  // one a row
+};
+
 // Partial statistics of vocabulary rows [begin, end) for the live rows of `p`.
-//   x         [rows, x_stride] normalised hidden rows, float32, in lane order, 64-byte aligned, zero beyond D
+//   x         the packed rows
 //   out_rows  the row of logits_out that each of them writes
+//   panel     panel_bytes() of scratch, 64-byte aligned
 //   partials  [rows, partial_stride], this chunk's column
 struct ExitStatsChunkArgs {
   const ExitStatsParams* p;
-  const float* x;
-  int64_t x_stride;
+  PackedRows x;
   const int64_t* out_rows;
   int64_t rows;
   int64_t begin, end;
+  char* panel;
   ExitStats* partials;
   int64_t partial_stride;
 };
+
+// rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype
+// pack_row    packs row n, of `width` floats
+using RowsBytes = int64_t (*)(DType weights, int64_t rows, int64_t width);
+using PackRow = void (*)(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);
 using ExitStatsChunk = void (*)(const ExitStatsChunkArgs&);
 
-#define EXEUNT_DECLARE_KERNELS(isa)                      \
-  namespace isa {                                        \
-  void exit_stats_chunk(const ExitStatsChunkArgs& args); \
+#define EXEUNT_DECLARE_KERNELS(isa)                                                       \
+  namespace isa {                                                                         \
+  int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                         \
+  void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x); \
+  void exit_stats_chunk(const ExitStatsChunkArgs& args);                                  \
   }
 EXEUNT_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 EXEUNT_DECLARE_KERNELS(avx2)
 EXEUNT_DECLARE_KERNELS(avx512)
+EXEUNT_DECLARE_KERNELS(avx512_bf16)
+EXEUNT_DECLARE_KERNELS(amx)
 #endif
 #undef EXEUNT_DECLARE_KERNELS
 

@@ -2,9 +2,7 @@
 // becomes SSE2 or NEON (4 lanes), AVX2 (8) and AVX-512 (16). Everything is static and inside the ISA's namespace.
 #pragma once
 #include <cstdint>
-#include <limits>
-
-#include "core/dtype.h"
+#include <utility>
 
 namespace exeunt::cpu::EXEUNT_ISA {
 
@@ -19,7 +17,6 @@ constexpr int kLanes = 4;
 using Vec = float __attribute__((vector_size(kLanes * 4)));
 using IVec = int32_t __attribute__((vector_size(kLanes * 4)));
 using UVec = uint32_t __attribute__((vector_size(kLanes * 4)));
-using Vec4 = float __attribute__((vector_size(16)));
 
 #define EXEUNT_INLINE static inline __attribute__((always_inline))
 
@@ -38,57 +35,59 @@ EXEUNT_INLINE Vec load(const float* p) {
   return v;
 }
 
-// A vector register full of weights as floats: one Vec of float32, two of bfloat16 (even elements, then odd ones).
-// Splitting a register by parity takes a shift and a mask, where widening it in order takes three shuffles; the hidden
-// rows are laid out to match (lane_order() in exit_stats.cpp).
-template <class W>
-constexpr int kVecs = 4 / sizeof(W);
-template <class W>
-constexpr int kStep = kLanes * kVecs<W>;
-
-EXEUNT_INLINE void load_weights(const float* p, Vec (&out)[1]) { out[0] = load(p); }
-
-EXEUNT_INLINE void load_weights(const BFloat16* p, Vec (&out)[2]) {  // bfloat16 is the upper half of a float
-  UVec pairs;
-  __builtin_memcpy(&pairs, p, sizeof pairs);
-  const UVec even = pairs << 16, odd = pairs & 0xffff0000u;
-  out[0] = bits<Vec>(even);
-  out[1] = bits<Vec>(odd);
-}
-
-// The first `count` < kStep elements, zeros after: never reads past the row.
-template <class W>
-EXEUNT_INLINE void load_weights_tail(const W* p, int64_t count, Vec (&out)[kVecs<W>]) {
-  alignas(64) W padded[kStep<W>] = {};
-  __builtin_memcpy(padded, p, sizeof(W) * static_cast<uint64_t>(count));
-  load_weights(padded, out);
-}
-
 EXEUNT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Tell the compiler that v is better loaded once than read from memory by each instruction that uses it.
+template <class V>
+EXEUNT_INLINE void keep_in_register([[maybe_unused]] V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
 
 EXEUNT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where a is NaN
 
+// Shuffles of two vectors by compile-time lane numbers (of b: kLanes and up).
 #if defined(__clang__)
-#define EXEUNT_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+template <int... I, class V>
+EXEUNT_INLINE V shuffle(V a, V b) {
+  return __builtin_shufflevector(a, b, I...);
+}
 #else
-#define EXEUNT_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){i, j, k, l})
+template <int... I, class V>
+EXEUNT_INLINE V shuffle(V a, V b) {
+  return __builtin_shuffle(a, b, IVec{I...});
+}
 #endif
 
-// Fold a vector to four lanes: lane i holds the sum of the lanes that are i modulo 4, in a fixed order.
-EXEUNT_INLINE Vec4 fold(Vec v) {
-  Vec4 part[kLanes / 4];
-  __builtin_memcpy(part, &v, sizeof v);
-  if constexpr (kLanes == 16) return (part[0] + part[2]) + (part[1] + part[3]);
-  if constexpr (kLanes == 8) return part[0] + part[1];
-  return part[0];
+// Lane I of the lower (half = 0) or upper (1) halves of a's and b's blocks of `block` lanes, side by side.
+constexpr int half_lane(int lane, int block, int half) {
+  const int start = lane / block * block, within = lane % block, size = block / 2;
+  return within < size ? start + half * size + within : kLanes + start + half * size + within - size;
 }
 
-// Horizontal sums of four vectors at once, as the four lanes of the result.
-EXEUNT_INLINE Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
-  const Vec4 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
-  const Vec4 ab = EXEUNT_SHUFFLE(fa, fb, 0, 4, 1, 5) + EXEUNT_SHUFFLE(fa, fb, 2, 6, 3, 7);  // a02 b02 a13 b13
-  const Vec4 cd = EXEUNT_SHUFFLE(fc, fd, 0, 4, 1, 5) + EXEUNT_SHUFFLE(fc, fd, 2, 6, 3, 7);
-  return EXEUNT_SHUFFLE(ab, cd, 0, 1, 4, 5) + EXEUNT_SHUFFLE(ab, cd, 2, 3, 6, 7);
+template <int Block, int Half, class V, int... I>
+EXEUNT_INLINE V take_halves(V a, V b, std::integer_sequence<int, I...>) {
+  return shuffle<half_lane(I, Block, Half)...>(a, b);
+}
+template <int Block, int Half, class V>
+EXEUNT_INLINE V take_halves(V a, V b) {
+  return take_halves<Block, Half>(a, b, std::make_integer_sequence<int, kLanes>());
+}
+
+// Horizontal sums of kLanes vectors at once: lane i of the result is the sum of v[i], always in the same order.
+template <int Count = kLanes, class V>
+EXEUNT_INLINE V sum_each(V* v) {
+  if constexpr (Count > 1) {
+    for (int i = 0; i < Count / 2; ++i)
+      v[i] = take_halves<Count, 0>(v[i], v[i + Count / 2]) + take_halves<Count, 1>(v[i], v[i + Count / 2]);
+    return sum_each<Count / 2>(v);
+  }
+  return v[0];
 }
 
 // e^x for x in [-87, 88], relative error below 2^-22.5: x = n ln2 + r with |r| <= ln2 / 2, then a polynomial in r.

@@ -3,22 +3,22 @@ CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['exit_stats', 'exit_stats_workspace', 'isa', 'omp_max_threads', 'select_isa', 'version']
-def exit_stats(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, head: typing.SupportsInt | typing.SupportsIndex, head_dtype: typing.SupportsInt | typing.SupportsIndex, head_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, row_list: typing.SupportsInt | typing.SupportsIndex, row_list_64: bool, count: typing.SupportsInt | typing.SupportsIndex, count_64: bool, head_bias: typing.SupportsInt | typing.SupportsIndex, head_bias_dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, norm_weight: typing.SupportsInt | typing.SupportsIndex, norm_weight_dtype: typing.SupportsInt | typing.SupportsIndex, norm_bias: typing.SupportsInt | typing.SupportsIndex, norm_bias_dtype: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, logits_out: typing.SupportsInt | typing.SupportsIndex, logits_dtype: typing.SupportsInt | typing.SupportsIndex, logits_stride: typing.SupportsInt | typing.SupportsIndex, argmax: typing.SupportsInt | typing.SupportsIndex, top1: typing.SupportsInt | typing.SupportsIndex, top2: typing.SupportsInt | typing.SupportsIndex, sumexp: typing.SupportsInt | typing.SupportsIndex, weighted: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'select_isa', 'version']
+def amx_refused() -> bool:
+    """
+    Whether the CPU has AMX and the operating system refused it.
+    """
+def exit_stats(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, head: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, row_list: typing.SupportsInt | typing.SupportsIndex, row_list_64: bool, count: typing.SupportsInt | typing.SupportsIndex, count_64: bool, head_bias: typing.SupportsInt | typing.SupportsIndex, head_bias_dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, norm_weight: typing.SupportsInt | typing.SupportsIndex, norm_weight_dtype: typing.SupportsInt | typing.SupportsIndex, norm_bias: typing.SupportsInt | typing.SupportsIndex, norm_bias_dtype: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, logits_out: typing.SupportsInt | typing.SupportsIndex, logits_dtype: typing.SupportsInt | typing.SupportsIndex, logits_stride: typing.SupportsInt | typing.SupportsIndex, argmax: typing.SupportsInt | typing.SupportsIndex, top1: typing.SupportsInt | typing.SupportsIndex, top2: typing.SupportsInt | typing.SupportsIndex, sumexp: typing.SupportsInt | typing.SupportsIndex, weighted: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Fused norm, head and online softmax; see exeunt.ops.exit_stats.
     """
-def exit_stats_workspace(rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex) -> int:
+def exit_stats_workspace(head_dtype: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     Bytes of workspace that exit_stats needs.
     """
 def isa() -> str:
     """
     The instruction set in use.
-    """
-def omp_max_threads() -> int:
-    """
-    Threads that the OpenMP runtime would use.
     """
 def select_isa(limit: str = '') -> str:
     """

@@ -59,6 +59,25 @@ template <>
 BFloat16 narrow(float v) {
   return to_bfloat16(v);
 }
+template <>
+Float16 narrow(float v) {
+  return to_float16(v);
+}
+
+void float16_is_exact() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const Float16 half{static_cast<uint16_t>(bits)};
+    const float value = to_float(half);
+    if (value != value) {
+      expect(to_float(to_float16(value)) != to_float(to_float16(value)), "NaN stays NaN in float16");
+      continue;
+    }
+    expect(to_float16(value).bits == half.bits, "float16 -> float32 -> float16");
+    if ((bits & 0x7fff) >= 0x7bff) continue;  // halfway to the next value: ties go to the even one
+    const float next = to_float(Float16{static_cast<uint16_t>(bits + 1)});
+    expect(to_float16((value + next) / 2).bits == half.bits + (bits & 1), "float16 ties to even");
+  }
+}
 
 template <class T>
 void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad_row) {
@@ -73,12 +92,13 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
 
   std::vector<int64_t> argmax(n);
   std::vector<float> top1(n), top2(n), sumexp(n), weighted(n), logits(n * v);
-  void* workspace = std::aligned_alloc(64, (cpu::exit_stats_workspace(n, v, d) + 63) / 64 * 64);
+  void* workspace = std::aligned_alloc(64, cpu::exit_stats_workspace(dtype, n, v, d, 3));
   ExitStatsParams p{};
   p.hidden = hidden.data();
-  p.head = head.data();
-  p.hidden_dtype = p.head_dtype = dtype;
-  p.hidden_stride = p.head_stride = stride;
+  const int64_t row_bytes = stride * element_bytes(dtype);
+  p.head = {head.data(), dtype, false, 16 * row_bytes, row_bytes, 64, nullptr};
+  p.hidden_dtype = dtype;
+  p.hidden_stride = stride;
   p.rows = n;
   p.vocab = v;
   p.width = d;
@@ -115,7 +135,9 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
     const double rstd = 1.0 / std::sqrt(power / static_cast<double>(d) + 1e-6);
     std::vector<double> z(v, 0.0);
     for (int64_t j = 0; j < v; ++j) {
-      for (int64_t i = 0; i < d; ++i) z[j] += rstd * to_float(hidden[r * stride + i]) * to_float(head[j * stride + i]);
+      for (int64_t i = 0; i < d; ++i)
+        z[j] += rounded_to(dtype, static_cast<float>(rstd * to_float(hidden[r * stride + i]))) *
+                to_float(head[j * stride + i]);
       best = std::max(best, z[j]);
       expect(std::fabs(logits[r * v + j] - z[j]) < 1e-4, where + ": logits");
     }
@@ -130,16 +152,19 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
 
 int main() {
   merge_is_a_monoid();
-  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+  float16_is_exact();
+  for (const char* isa : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (cpu::select_isa(isa) != isa) continue;  // not on this machine
     for (int64_t n : {1, 2, 5, 66})
       for (int64_t v : {1, 3, 35, 130, 515})
         for (int64_t d : {1, 31, 33, 96}) {
           matches_a_plain_loop<float>(DType::float32, n, v, d, false);
           matches_a_plain_loop<BFloat16>(DType::bfloat16, n, v, d, false);
+          matches_a_plain_loop<Float16>(DType::float16, n, v, d, false);
         }
     matches_a_plain_loop<float>(DType::float32, 3, 40, 64, true);
     matches_a_plain_loop<BFloat16>(DType::bfloat16, 3, 40, 64, true);
+    matches_a_plain_loop<Float16>(DType::float16, 3, 40, 64, true);
     std::printf("%s: checked\n", isa);
   }
   std::printf("%d failures\n", failures);

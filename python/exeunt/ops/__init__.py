@@ -2,5 +2,6 @@
 
 from exeunt.ops._backend import DTYPES
 from exeunt.ops.exit_stats import exit_stats
+from exeunt.ops.packed_head import PackedHead
 
-__all__ = ["DTYPES", "exit_stats"]
+__all__ = ["DTYPES", "PackedHead", "exit_stats"]

@@ -10,8 +10,10 @@ from types import ModuleType
 import torch  # before the extensions: they then share the OpenMP runtime that torch has loaded
 from torch import Tensor
 
-#: What the kernels take for hidden states and heads, as csrc/core/dtype.h numbers them.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+#: What the kernels take for hidden states, heads and parameters, as csrc/core/dtype.h numbers them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_INT8 = 3  # of a PackedHead
 
 
 def _module(name: str) -> ModuleType | None:
@@ -51,3 +53,13 @@ def direct(*tensors: Tensor | None) -> bool:
 def vector_arg(t: Tensor | None) -> tuple[int, int]:
     """(address, dtype) as the binding wants an optional contiguous vector."""
     return (0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype])
+
+
+def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, bool, int, int, int, int]:
+    """A weight [V, D] of unit stride along D, or a PackedHead's data, as WeightArg of csrc/core/params.h."""
+    dtype = _INT8 if weight.dtype == torch.uint8 else DTYPES[weight.dtype]
+    if weight.dim() == 4:
+        tile = weight.shape[1] * 1024
+        return weight.data_ptr(), dtype, True, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
+    row = weight.stride(0) * weight.element_size()
+    return weight.data_ptr(), dtype, False, 16 * row, row, 64, 0

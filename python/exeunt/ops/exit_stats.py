@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from exeunt import reference
 from exeunt.ops import _backend
+from exeunt.ops.packed_head import PackedHead, unpacked
 from exeunt.stats import ExitStats
 
 _NORMS = {None: 0, "rms": 1, "layer": 2}
 _SCHEMA = (
-    "exit_stats(Tensor hidden, Tensor head, Tensor? head_bias, str? norm, Tensor? norm_weight, Tensor? norm_bias, "
+    "exit_stats(Tensor hidden, Tensor head, Tensor? head_scale, SymInt[]? packed, Tensor? head_bias, str? norm, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, float scale, float? softcap, float temperature, Tensor? rows, Tensor? count, Tensor(a!)? logits_out)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -22,7 +24,7 @@ _SCHEMA = (
 
 def exit_stats(
     hidden: Tensor,
-    head: Tensor,
+    head: Tensor | PackedHead,
     *,
     head_bias: Tensor | None = None,
     norm: str | None = None,
@@ -39,15 +41,15 @@ def exit_stats(
     """Statistics of ``z = softcap * tanh(scale * (W x + b) / softcap) / temperature`` with x the normalised hidden row.
 
     One read of the head serves the product, the softmax, the two largest logits and the entropy; no [N, V] tensor is
-    made unless ``logits_out`` asks for it. Products accumulate in float32 from the unrounded normalised row. A row's
-    result has the same bits in any batch and with any number of threads.
+    made unless ``logits_out`` asks for it. The normalised row is rounded once to the head's dtype, as the model's own norm
+    would hand it over; products accumulate in float32. A row's result has the same bits in any batch and with any number of threads.
 
     Parameters
     ----------
     hidden : Tensor
-        [N, D] float32 or bfloat16, on any row stride.
-    head : Tensor
-        [V, D] of the same dtype, unit stride along D: an output embedding's weight.
+        [N, D] float32, bfloat16 or float16, on any row stride.
+    head : Tensor or PackedHead
+        [V, D] of the same dtype, unit stride along D: an output embedding's weight. Or a packed copy of it, of any dtype.
     head_bias : Tensor, optional
         [V], float32 or the dtype of ``hidden``.
     norm : {None, "rms", "layer"}
@@ -96,7 +98,12 @@ def exit_stats(
     >>> stats.max_prob.shape, bool((stats.margin <= stats.max_prob).all())
     (torch.Size([3]), True)
     """
-    args = (hidden, head, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap, temperature, rows, count)
+    head_scale, packed = None, None
+    if isinstance(head, PackedHead):
+        head.check()
+        head, head_scale, packed = head.data, head.scale, head.shape
+    args = (hidden, head, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap, temperature,
+            rows, count)  # fmt: skip
     _check(*args, logits_out)
     wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
     if not wants_gradient and _backend.direct(hidden, head, head_bias, norm_weight, norm_bias, rows, count, logits_out):
@@ -107,6 +114,8 @@ def exit_stats(
 def _check(
     hidden: Tensor,
     head: Tensor,
+    head_scale: Tensor | None,
+    packed: Sequence[int] | None,
     head_bias: Tensor | None,
     norm: str | None,
     norm_weight: Tensor | None,
@@ -122,17 +131,18 @@ def _check(
     if hidden.dim() != 2:
         raise ValueError(f"exit_stats: hidden must have shape [N, D], got {list(hidden.shape)}")
     n, d = hidden.shape
-    if head.dim() != 2 or head.shape[1] != d or head.shape[0] < 1:
-        raise ValueError(f"exit_stats: head must have shape [V, {d}] with V >= 1, got {list(head.shape)}")
+    shape = list(packed or head.shape)
+    if len(shape) != 2 or shape[1] != d or shape[0] < 1:
+        raise ValueError(f"exit_stats: head must have shape [V, {d}] with V >= 1, got {shape}")
     if hidden.dtype not in _backend.DTYPES:
-        raise TypeError(f"exit_stats: hidden must be float32 or bfloat16, got {hidden.dtype}")
-    if head.dtype != hidden.dtype:
+        raise TypeError(f"exit_stats: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
+    if packed is None and head.dtype != hidden.dtype:
         raise TypeError(f"exit_stats: head must have the dtype of hidden, {hidden.dtype}, got {head.dtype}")
-    if d > 1 and head.stride(1) != 1:
+    if packed is None and d > 1 and head.stride(1) != 1:
         raise ValueError(f"exit_stats: head must have unit stride along D, got strides {head.stride()}")
     if norm not in _NORMS:
         raise ValueError(f"exit_stats: norm must be None, 'rms' or 'layer', got {norm!r}")
-    v = head.shape[0]
+    v = shape[0]
     vectors = (("head_bias", head_bias, v), ("norm_weight", norm_weight, d), ("norm_bias", norm_bias, d))
     for name, vector, size in vectors:
         if vector is None:
@@ -172,6 +182,8 @@ def _check(
 def _forward(
     hidden: Tensor,
     head: Tensor,
+    head_scale: Tensor | None,
+    packed: Sequence[int] | None,
     head_bias: Tensor | None,
     norm: str | None,
     norm_weight: Tensor | None,
@@ -188,13 +200,13 @@ def _forward(
     if _backend.cpu is None or hidden.device.type != "cpu":
         _backend.warn_fallback("exit_stats", hidden.device)
         found = reference.exit_stats(
-            hidden.detach(), head.detach(), head_bias=head_bias, norm=norm, norm_weight=norm_weight,
+            hidden.detach(), unpacked(head, head_scale, packed).detach(), head_bias=head_bias, norm=norm, norm_weight=norm_weight,
             norm_bias=norm_bias, eps=eps, scale=scale, softcap=softcap, temperature=temperature, rows=rows,
             count=count, logits_out=logits_out,
         )  # fmt: skip
         return found.argmax, found.top1, found.top2, found.sumexp, found.weighted
     n, d = hidden.shape
-    v = head.shape[0]
+    v = packed[0] if packed else head.shape[0]
     if rows is not None:
         rows = rows.contiguous()
         if rows.numel():
@@ -208,18 +220,18 @@ def _forward(
     if d > 1 and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     vectors = [t if t is None else t.contiguous() for t in (head_bias, norm_weight, norm_bias)]
-    workspace = torch.empty(_backend.cpu.exit_stats_workspace(m, v, d), dtype=torch.uint8)
+    weight, threads = _backend.weight_arg(head, head_scale), torch.get_num_threads()
+    workspace = torch.empty(_backend.cpu.exit_stats_workspace(weight[1], m, v, d, threads), dtype=torch.uint8)
     logits = (0, 0, 0)
     if logits_out is not None:
         logits = (logits_out.data_ptr(), _backend.DTYPES[logits_out.dtype], logits_out.stride(0))
-    code = _backend.DTYPES[hidden.dtype]
     _backend.cpu.exit_stats(
-        hidden.data_ptr(), code, hidden.stride(0), head.data_ptr(), code, head.stride(0), m, v, d,
+        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), weight, m, v, d,
         0 if rows is None else rows.data_ptr(), rows is not None and rows.dtype == torch.int64,
         0 if count is None else count.data_ptr(), count is not None and count.dtype == torch.int64,
         *_backend.vector_arg(vectors[0]), _NORMS[norm], *_backend.vector_arg(vectors[1]),
         *_backend.vector_arg(vectors[2]), eps, scale, softcap or 0.0, temperature, *logits,
-        *(t.data_ptr() for t in outs), workspace.data_ptr(), torch.get_num_threads(),
+        *(t.data_ptr() for t in outs), workspace.data_ptr(), threads,
     )  # fmt: skip
     return outs
 
@@ -230,7 +242,7 @@ def _outputs(hidden: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 
 
 def _fake(hidden: Tensor, head: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = args[8]
+    rows = args[10]
     return _outputs(hidden, hidden.shape[0] if rows is None else rows.shape[0])
 
 

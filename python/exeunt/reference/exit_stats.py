@@ -27,7 +27,8 @@ def exit_stats(
 ) -> ExitStats:
     """Specification of :func:`exeunt.ops.exit_stats`, with the same arguments.
 
-    It computes in float64 where ``hidden`` is float64 and in float32 otherwise, and its statistics have that dtype.
+    It computes in float64 where ``hidden`` is float64 and in float32 otherwise, and its statistics have that dtype. The
+    normalised row is rounded to the head's dtype, once, as the model's own norm would hand it to the head.
     It materialises the [N, V] logits, and gradients flow through it.
 
     Examples
@@ -56,6 +57,8 @@ def exit_stats(
         x = x * norm_weight.to(dtype)
     if norm_bias is not None:
         x = x + norm_bias.to(dtype)
+    if head.dtype in (torch.bfloat16, torch.float16):
+        x = x.to(head.dtype).to(dtype)  # what the model's own norm hands to its head
     raw = F.linear(x, head.to(dtype), cast(head_bias))
     if logits_out is not None:
         at = torch.arange(len(hidden), device=hidden.device) if rows is None else rows.long()

@@ -1,0 +1,116 @@
+"""A copy of an output embedding's weight in the order in which the CPU kernels read it, optionally narrower."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
+_ROWS_AT_ONCE = 4096
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+class PackedHead:
+    """A head packed for :func:`exeunt.ops.exit_stats` on CPU: tiles of 16 vocabulary rows, their lines side by side.
+
+    It is a copy, made once and shared by all exits; ``nbytes`` says what it costs. Where it beats the weight as it lies
+    is measured in ``docs/kernels.md``.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [V, D] float32, bfloat16 or float16 on CPU.
+    dtype : torch.dtype, optional
+        Of the copy: the weight's own (default), ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``: symmetric, one
+        scale a vocabulary row, rounding error at most ``max |row| / 254`` a weight. Hidden rows meet an int8 head as two
+        int8 planes (15 bits of their largest element), so the weight's rounding is the error that shows.
+
+    Raises
+    ------
+    ValueError, TypeError
+        One sentence on what was expected and what came.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> weight, hidden = torch.randn(1000, 64), torch.randn(3, 64)
+    >>> packed = exeunt.ops.PackedHead(weight, torch.int8)
+    >>> packed.nbytes // 1024, packed.shape
+    (66, (1000, 64))
+    >>> stats = exeunt.ops.exit_stats(hidden, packed)
+    >>> bool((stats.top1 - exeunt.ops.exit_stats(hidden, weight).top1).abs().max() < 0.5)
+    True
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+        if weight.dim() != 2 or 0 in weight.shape:
+            raise ValueError(f"PackedHead: weight must have shape [V, D] with V, D >= 1, got {list(weight.shape)}")
+        if weight.device.type != "cpu" or weight.dtype not in _DTYPES[:3]:
+            raise TypeError(
+                "PackedHead: weight must be float32, bfloat16 or float16 on cpu, "
+                f"got {weight.dtype} on {weight.device}"
+            )
+        self.dtype = weight.dtype if dtype is None else dtype
+        if self.dtype not in _DTYPES:
+            raise TypeError(f"PackedHead: dtype must be float32, bfloat16, float16 or int8, got {dtype}")
+        self.shape = (weight.shape[0], weight.shape[1])
+        v, d = self.shape
+        self._source = weakref.ref(weight)
+        self._version = weight._version
+        element = torch.empty(0, dtype=self.dtype).element_size()
+        per_line = _LINE // element
+        tiles, lines = -(-v // _TILE), -(-d // per_line)
+        stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
+        self.data = _huge_pages(tiles * lines * _TILE * _LINE, stored).view(tiles, lines, _TILE, per_line)
+        self.scale = torch.zeros(tiles * _TILE) if self.dtype == torch.int8 else None
+        with torch.no_grad():
+            for start in range(0, v, _ROWS_AT_ONCE):
+                rows = weight[start : start + _ROWS_AT_ONCE].detach()
+                if self.scale is not None:
+                    rows = rows.float()
+                    scale = rows.abs().amax(1) / 127
+                    self.scale[start : start + len(rows)] = scale
+                    rows = (rows / scale.clamp_min(1e-38)[:, None]).round() + 128
+                count = -(-len(rows) // _TILE)
+                padded = torch.zeros(count * _TILE, lines * per_line, dtype=stored)
+                padded[: len(rows), :d] = rows
+                first = start // _TILE
+                self.data[first : first + count] = padded.view(count, _TILE, lines, per_line).transpose(1, 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the copy takes."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def unpack(self) -> Tensor:
+        """[V, D]: the values that the kernels multiply with, float32 where they are int8."""
+        return unpacked(self.data, self.scale, self.shape)
+
+    def check(self) -> None:
+        """Raise if the weight was changed in place after it was packed."""
+        source = self._source()
+        if source is not None and source._version != self._version:
+            raise ValueError(
+                "PackedHead: its weight must be as it was when packed, but it was changed in place since "
+                f"(version {source._version}, packed at {self._version}): pack it again"
+            )
+
+
+def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) -> Tensor:
+    """The [V, D] weight behind a PackedHead's tensors; ``data`` itself where ``shape`` is None, for nothing was packed."""
+    if shape is None:
+        return data
+    rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
+    return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]
+
+
+def _huge_pages(size: int, dtype: torch.dtype) -> Tensor:
+    """``size`` bytes on huge pages where the system has them: a head is read from end to end."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
