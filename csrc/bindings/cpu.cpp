@@ -12,9 +12,12 @@ using namespace exeunt;
 
 namespace {
 
-// (address, dtype) of an optional vector; address 0 means "not given".
-VectorArg vector_arg(uintptr_t address, int dtype) {
-  return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype)};
+// (address, dtype, stride) of an optional vector; address 0 means "not given".
+using Vector = std::tuple<uintptr_t, int, int64_t>;
+
+VectorArg vector_arg(const Vector& v) {
+  const auto [address, dtype, stride] = v;
+  return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype), stride};
 }
 
 // (address, dtype, packed, tile stride, row stride, line stride, address of scales) of a weight; strides in bytes.
@@ -28,10 +31,12 @@ WeightArg weight_arg(const Weight& w) {
 
 void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const Weight& head, int64_t rows,
                 int64_t vocab, int64_t width, uintptr_t row_list, bool row_list_64, uintptr_t count, bool count_64,
-                uintptr_t head_bias, int head_bias_dtype, int norm, uintptr_t norm_weight, int norm_weight_dtype,
-                uintptr_t norm_bias, int norm_bias_dtype, float eps, float scale, float softcap, float temperature,
-                uintptr_t logits_out, int logits_dtype, int64_t logits_stride, uintptr_t argmax, uintptr_t top1,
-                uintptr_t top2, uintptr_t sumexp, uintptr_t weighted, uintptr_t workspace, int threads) {
+                const Vector& head_bias, int norm, const Vector& norm_weight, const Vector& norm_bias, float eps,
+                float scale, float softcap, float temperature, uintptr_t logits_out, int logits_dtype,
+                int64_t logits_stride, bool entropy, uintptr_t columns, uintptr_t target, uintptr_t target_out,
+                int topk, uintptr_t topk_logits, uintptr_t topk_ids, uintptr_t seeds, uintptr_t sample,
+                uintptr_t argmax, uintptr_t top1, uintptr_t top2, uintptr_t sumexp, uintptr_t weighted,
+                uintptr_t workspace, int threads) {
   ExitStatsParams p{};
   p.hidden = reinterpret_cast<const void*>(hidden);
   p.hidden_dtype = static_cast<DType>(hidden_dtype);
@@ -44,10 +49,10 @@ void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const
   p.row_list_64 = row_list_64;
   p.count = reinterpret_cast<const void*>(count);
   p.count_64 = count_64;
-  p.head_bias = vector_arg(head_bias, head_bias_dtype);
+  p.head_bias = vector_arg(head_bias);
   p.norm = static_cast<Norm>(norm);
-  p.norm_weight = vector_arg(norm_weight, norm_weight_dtype);
-  p.norm_bias = vector_arg(norm_bias, norm_bias_dtype);
+  p.norm_weight = vector_arg(norm_weight);
+  p.norm_bias = vector_arg(norm_bias);
   p.eps = eps;
   p.scale = scale;
   p.softcap = softcap;
@@ -55,6 +60,15 @@ void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const
   p.logits_out = reinterpret_cast<void*>(logits_out);
   p.logits_dtype = static_cast<DType>(logits_dtype);
   p.logits_stride = logits_stride;
+  p.entropy = entropy;
+  p.columns = reinterpret_cast<const int64_t*>(columns);
+  p.target = reinterpret_cast<const int64_t*>(target);
+  p.target_out = reinterpret_cast<float*>(target_out);
+  p.topk = topk;
+  p.topk_logits = reinterpret_cast<float*>(topk_logits);
+  p.topk_ids = reinterpret_cast<int64_t*>(topk_ids);
+  p.seeds = reinterpret_cast<const int64_t*>(seeds);
+  p.sample = reinterpret_cast<int64_t*>(sample);
   p.argmax = reinterpret_cast<int64_t*>(argmax);
   p.top1 = reinterpret_cast<float*>(top1);
   p.top2 = reinterpret_cast<float*>(top2);
@@ -77,17 +91,18 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("amx_refused", &cpu::amx_refused, "Whether the CPU has AMX and the operating system refused it.");
   m.def(
       "exit_stats_workspace",
-      [](int head, int64_t rows, int64_t vocab, int64_t width, int threads) {
-        return cpu::exit_stats_workspace(static_cast<DType>(head), rows, vocab, width, threads);
+      [](int head, int64_t rows, int64_t vocab, int64_t width, int topk, bool draws, int threads) {
+        return cpu::exit_stats_workspace(static_cast<DType>(head), rows, vocab, width, topk, draws, threads);
       },
-      py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("threads"),
-      "Bytes of workspace that exit_stats needs.");
+      py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"), py::arg("draws"),
+      py::arg("threads"), "Bytes of workspace that exit_stats needs.");
   m.def("exit_stats", &exit_stats, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
         py::arg("head"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("row_list"),
-        py::arg("row_list_64"), py::arg("count"), py::arg("count_64"), py::arg("head_bias"), py::arg("head_bias_dtype"),
-        py::arg("norm"), py::arg("norm_weight"), py::arg("norm_weight_dtype"), py::arg("norm_bias"),
-        py::arg("norm_bias_dtype"), py::arg("eps"), py::arg("scale"), py::arg("softcap"), py::arg("temperature"),
-        py::arg("logits_out"), py::arg("logits_dtype"), py::arg("logits_stride"), py::arg("argmax"), py::arg("top1"),
-        py::arg("top2"), py::arg("sumexp"), py::arg("weighted"), py::arg("workspace"), py::arg("threads"),
-        "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
+        py::arg("row_list_64"), py::arg("count"), py::arg("count_64"), py::arg("head_bias"), py::arg("norm"),
+        py::arg("norm_weight"), py::arg("norm_bias"), py::arg("eps"), py::arg("scale"), py::arg("softcap"),
+        py::arg("temperature"), py::arg("logits_out"), py::arg("logits_dtype"), py::arg("logits_stride"),
+        py::arg("entropy"), py::arg("columns"), py::arg("target"), py::arg("target_out"), py::arg("topk"),
+        py::arg("topk_logits"), py::arg("topk_ids"), py::arg("seeds"), py::arg("sample"), py::arg("argmax"),
+        py::arg("top1"), py::arg("top2"), py::arg("sumexp"), py::arg("weighted"), py::arg("workspace"),
+        py::arg("threads"), "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
 }

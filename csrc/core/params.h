@@ -12,6 +12,7 @@ enum class Norm : int32_t { none = 0, rms = 1, layer = 2 };
 struct VectorArg {
   const void* data;
   DType dtype;
+  int64_t stride;  // elements
 };
 
 // A weight [V, D] that the streaming product reads, by tiles of 16 rows and lines of 64 bytes. Strides are in bytes.
@@ -47,6 +48,16 @@ struct ExitStatsParams {
   void* logits_out;  // [N, V], raw product W x + b, or nullptr
   DType logits_dtype;
   int64_t logits_stride;
+
+  bool entropy;            // whether `weighted` is wanted
+  const int64_t* columns;  // [V] the head's rows that count as the vocabulary, or nullptr for its first V
+  const int64_t* target;   // [M] vocabulary positions whose logits target_out [M] receives, or nullptr
+  float* target_out;
+  int32_t topk;  // 0..8; topk_logits, topk_ids [M, topk]
+  float* topk_logits;
+  int64_t* topk_ids;
+  const int64_t* seeds;  // [M] one a row: draw `sample` [M] from its softmax, or nullptr
+  int64_t* sample;
 
   int64_t* argmax;  // [M] each
   float *top1, *top2, *sumexp, *weighted;

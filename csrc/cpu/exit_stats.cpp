@@ -1,7 +1,8 @@
 // exit_stats on CPU: normalise and pack the rows once, run the vocabulary chunks on the threads, merge each row's
 // partials.
 //
-//   workspace: | packed rows | RowScale [M] | out_rows [M] int64 | partials [M, chunks] | per thread: panel, row |
+//   workspace: | packed rows | RowScale [M] | out_rows [M] int64 | partials, topk, drawn [M, chunks] |
+//              | per thread: panel, one row |
 //
 // Chunks are fixed by V alone and merged in order, so the bits do not depend on the number of threads.
 #include "cpu/exit_stats.h"
@@ -10,7 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
+#include <limits>
 
 #include "core/exit_stats.h"
 #include "cpu/isa.h"
@@ -28,15 +29,17 @@ int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab +
 
 // Where everything lies in the workspace, each part on a 64-byte boundary.
 struct Layout {
-  int64_t chunk, chunks, scale, out_rows, partials, panels, panel_bytes, row_bytes, total;
-  Layout(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t threads)
+  int64_t chunk, chunks, scale, out_rows, partials, topk, drawn, panels, panel_bytes, row_bytes, total;
+  Layout(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t k, bool draws, int32_t threads)
       : chunk(chunk_size(vocab)), chunks((vocab + chunk - 1) / chunk) {
     scale = round_up(selected_isa().rows_bytes(head, rows, width), 64);
     out_rows = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     partials = out_rows + round_up(rows * static_cast<int64_t>(sizeof(int64_t)), 64);
-    panels = partials + round_up(rows * chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
-    panel_bytes = 16 * round_up(width * element_bytes(head), 64);
-    row_bytes = round_up(width * static_cast<int64_t>(sizeof(float)), 64);
+    topk = partials + round_up(rows * chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
+    drawn = topk + round_up(rows * chunks * k * static_cast<int64_t>(sizeof(Candidate)), 64);
+    panels = drawn + round_up(rows * chunks * draws * static_cast<int64_t>(sizeof(Candidate)), 64);
+    panel_bytes = 16 * round_up(width * element_bytes(head), 64) + 64;  // a tile and its scales
+    row_bytes = round_up(width * static_cast<int64_t>(sizeof(double) + sizeof(float)), 64);
     total = panels + std::max(1, threads) * (panel_bytes + row_bytes);
   }
 };
@@ -45,42 +48,98 @@ int64_t index_at(const void* list, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(list)[i] : static_cast<const int32_t*>(list)[i];
 }
 
-// Statistics of the norm in double: D is short beside V x D, and squares of large hidden values cannot overflow.
-// The row leaves with the head's dtype, as the model's own norm would hand it to its head.
-void normalise(const ExitStatsParams& p, int64_t row, float* x) {
-  const int64_t at = row * p.hidden_stride;
-  const auto hidden = [&](int64_t d) { return static_cast<double>(value_at(p.hidden, p.hidden_dtype, at + d)); };
-  double mean = 0.0, power = 0.0;
-  if (p.norm == Norm::layer) {
-    for (int64_t d = 0; d < p.width; ++d) mean += hidden(d);
-    mean /= static_cast<double>(p.width);
-  }
+// Sum of f(d) over [0, width) in eight interleaved parts, so that additions overlap; always in the same order.
+template <class F>
+double sum_of(int64_t width, F f) {
+  double part[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= width; d += 8)
+    for (int i = 0; i < 8; ++i) part[i] += f(d + i);
+  for (int i = 0; d < width; ++d, ++i) part[i] += f(d);
+  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+}
+
+// values[d] for all of a vector, with its dtype decided once: use(T*), T one of the element types.
+template <class Use>
+void typed(const void* data, DType dtype, Use use) {
+  if (dtype == DType::float32)
+    use(static_cast<const float*>(data));
+  else if (dtype == DType::bfloat16)
+    use(static_cast<const BFloat16*>(data));
+  else
+    use(static_cast<const Float16*>(data));
+}
+
+// Statistics of the norm in double: D is short beside V x D, and squares of large hidden values cannot overflow. The
+// row leaves with the head's dtype, as the model's own norm would hand it to its head.
+void normalise(const ExitStatsParams& p, int64_t row, float* x, double* wide) {
+  const int64_t width = p.width;
+  typed(p.hidden, p.hidden_dtype, [&](auto* hidden) {
+    for (int64_t d = 0; d < width; ++d) wide[d] = to_float(hidden[row * p.hidden_stride + d]);
+  });
   if (p.norm != Norm::none) {
-    for (int64_t d = 0; d < p.width; ++d) power += (hidden(d) - mean) * (hidden(d) - mean);
+    const double n = static_cast<double>(width);
+    const double mean = p.norm == Norm::layer ? sum_of(width, [&](int64_t d) { return wide[d]; }) / n : 0.0;
+    const double power = sum_of(width, [&](int64_t d) { return (wide[d] - mean) * (wide[d] - mean); }) / n;
+    const double rstd = 1.0 / std::sqrt(power + static_cast<double>(p.eps));
+    for (int64_t d = 0; d < width; ++d) wide[d] = (wide[d] - mean) * rstd;
   }
-  const double rstd =
-      p.norm == Norm::none ? 1.0 : 1.0 / std::sqrt(power / static_cast<double>(p.width) + static_cast<double>(p.eps));
-  for (int64_t d = 0; d < p.width; ++d) {
-    double value = hidden(d);
-    if (p.norm != Norm::none) value = (value - mean) * rstd;
-    if (p.norm_weight.data) value *= value_at(p.norm_weight.data, p.norm_weight.dtype, d);
-    if (p.norm_bias.data) value += value_at(p.norm_bias.data, p.norm_bias.dtype, d);
-    x[d] = rounded_to(p.head.dtype, static_cast<float>(value));
+  if (p.norm_weight.data)
+    typed(p.norm_weight.data, p.norm_weight.dtype, [&](auto* weight) {
+      for (int64_t d = 0; d < width; ++d) wide[d] *= to_float(weight[d * p.norm_weight.stride]);
+    });
+  if (p.norm_bias.data)
+    typed(p.norm_bias.data, p.norm_bias.dtype, [&](auto* bias) {
+      for (int64_t d = 0; d < width; ++d) wide[d] += to_float(bias[d * p.norm_bias.stride]);
+    });
+  for (int64_t d = 0; d < width; ++d) x[d] = static_cast<float>(wide[d]);
+  if (p.head.dtype == DType::bfloat16 || p.head.dtype == DType::float16)
+    for (int64_t d = 0; d < width; ++d) x[d] = rounded_to(p.head.dtype, x[d]);
+}
+
+// Write what row r reports: its statistics, and what its chunks' candidates come to. A flagged row has no candidates.
+void finish(const ExitStatsParams& p, int64_t r, const ExitStats& s, const Candidate* topk, const Candidate* drawn,
+            int64_t chunks) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const bool flagged = s.argmax < 0;
+  const auto id = [&](int64_t at) { return at < 0 ? -1 : p.columns ? p.columns[at] : at; };
+  p.argmax[r] = id(s.argmax);
+  p.top1[r] = s.top1;
+  p.top2[r] = s.top2;
+  p.sumexp[r] = s.sumexp;
+  p.weighted[r] = p.entropy ? s.weighted : nan;
+  if (p.target && flagged) p.target_out[r] = nan;
+  if (p.topk) {
+    Candidate best[8];
+    std::fill(best, best + p.topk, candidate_none());
+    for (int64_t i = 0; i < chunks * p.topk; ++i) candidate_offer(best, p.topk, topk[i]);
+    for (int i = 0; i < p.topk; ++i) {
+      p.topk_logits[r * p.topk + i] = flagged ? nan : best[i].value;
+      p.topk_ids[r * p.topk + i] = flagged ? -1 : id(best[i].id);
+    }
+  }
+  if (p.seeds) {
+    Candidate best = candidate_none();
+    for (int64_t c = 0; c < chunks; ++c) candidate_offer(&best, 1, drawn[c]);
+    p.sample[r] = flagged ? -1 : id(best.id);
   }
 }
 
 }  // namespace
 
-int64_t exit_stats_workspace(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t threads) {
-  return Layout(head, rows, vocab, width, threads).total;
+int64_t exit_stats_workspace(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t topk, bool draws,
+                             int32_t threads) {
+  return Layout(head, rows, vocab, width, topk, draws, threads).total;
 }
 
 void exit_stats(const ExitStatsParams& p) {
-  const Layout layout(p.head.dtype, p.rows, p.vocab, p.width, p.threads);
+  const Layout layout(p.head.dtype, p.rows, p.vocab, p.width, p.topk, p.seeds, p.threads);
   char* workspace = static_cast<char*>(p.workspace);
   const PackedRows x{workspace, reinterpret_cast<RowScale*>(workspace + layout.scale)};
   int64_t* out_rows = reinterpret_cast<int64_t*>(workspace + layout.out_rows);
   ExitStats* partials = reinterpret_cast<ExitStats*>(workspace + layout.partials);
+  Candidate* topk = reinterpret_cast<Candidate*>(workspace + layout.topk);
+  Candidate* drawn = reinterpret_cast<Candidate*>(workspace + layout.drawn);
   const int64_t live = p.count ? std::clamp<int64_t>(index_at(p.count, p.count_64, 0), 0, p.rows) : p.rows;
   const Isa& isa = selected_isa();
   const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
@@ -89,30 +148,26 @@ void exit_stats(const ExitStatsParams& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_bytes + layout.row_bytes);
-    float* row = reinterpret_cast<float*>(panel + layout.panel_bytes);
+    double* wide = reinterpret_cast<double*>(panel + layout.panel_bytes);
+    float* row = reinterpret_cast<float*>(wide + p.width);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
-      normalise(p, out_rows[r], row);
+      normalise(p, out_rows[r], row, wide);
       isa.pack_row(p.head.dtype, row, p.width, r, x);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t c = 0; c < layout.chunks; ++c) {
       const int64_t begin = c * layout.chunk;
-      isa.exit_stats_chunk(
-          {&p, x, out_rows, live, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c, layout.chunks});
+      isa.exit_stats_chunk({&p, x, out_rows, live, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
+                            topk + c * p.topk, drawn + c, layout.chunks});
     }
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < p.rows; ++r) {
+      const int64_t at = r * layout.chunks, chunks = r < live ? layout.chunks : 0;
       ExitStats s = exit_stats_empty();
-      if (r < live)
-        for (int64_t c = 0; c < layout.chunks; ++c) s = exit_stats_merge(s, partials[r * layout.chunks + c]);
-      s = exit_stats_finish(s);
-      p.argmax[r] = s.argmax;
-      p.top1[r] = s.top1;
-      p.top2[r] = s.top2;
-      p.sumexp[r] = s.sumexp;
-      p.weighted[r] = s.weighted;
+      for (int64_t c = 0; c < chunks; ++c) s = exit_stats_merge(s, partials[at + c]);
+      finish(p, r, exit_stats_finish(s), topk + at * p.topk, drawn + at, chunks);
     }
   }
 }

@@ -9,7 +9,7 @@
 // Hazard: products past the end of the chunk are those of its last row; they are overwritten by -inf.
 #include <limits>
 
-#include "cpu/kernels.h"
+#include "cpu/gumbel.h"
 #include "cpu/product.h"
 #include "cpu/vec.h"
 
@@ -34,7 +34,7 @@ EXEUNT_INLINE void reset(LaneStats& s) {
 // e^x for x in [kFloor, 0], 0 at the floor.
 EXEUNT_INLINE Vec exp_or_zero(Vec x) { return x > kFloor ? exp(x) : splat(0.0f); }
 
-EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
+EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids, bool entropy) {
   s.bad |= ~(z < kInf);  // NaN and +inf; -inf passes and contributes nothing
   const IVec higher = z > s.top1;
   const Vec top1 = higher ? z : s.top1;
@@ -44,7 +44,7 @@ EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
   const Vec shift = max(s.top1 - top1, splat(kFloor));
   const Vec delta = max(z - top1, splat(kFloor));
   const Vec factor = exp_or_zero(shift), e = exp_or_zero(delta);
-  s.weighted = factor * (s.weighted + shift * s.sumexp) + delta * e;
+  if (entropy) s.weighted = factor * (s.weighted + shift * s.sumexp) + delta * e;
   s.sumexp = factor * s.sumexp + e;
   s.top1 = top1;
 }
@@ -72,28 +72,70 @@ EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
   return out;
 }
 
-template <class Product>
-void chunk(const ExitStatsChunkArgs& a, Product product) {
+// The k largest logits of a row so far, largest first.
+struct TopK {
+  Candidate list[8];
+};
+
+EXEUNT_INLINE void offer(TopK& top, int k, Vec z, IVec ids) {
+  if (!any(z > top.list[k - 1].value)) return;
+  for (int l = 0; l < kLanes; ++l) candidate_offer(top.list, k, {z[l], ids[l]});
+}
+
+// The largest z + noise in each lane so far.
+struct LaneDraw {
+  Vec value;
+  IVec id;
+};
+
+EXEUNT_INLINE void draw(LaneDraw& d, Vec z, IVec ids, UVec vocabulary, uint64_t seed) {
+  const Vec value = z + gumbel(philox(vocabulary, seed));
+  const IVec higher = value > d.value;
+  d.value = higher ? value : d.value;
+  d.id = higher ? ids : d.id;
+}
+
+EXEUNT_INLINE Candidate collect(const LaneDraw& d) {
+  Candidate best = candidate_none();
+  for (int l = 0; l < kLanes; ++l)
+    if (d.value[l] > best.value || (d.value[l] == best.value && d.id[l] < best.id)) best = {d.value[l], d.id[l]};
+  return best;
+}
+
+}  // namespace
+
+void exit_stats_chunk(const ExitStatsChunkArgs& a) {
   const ExitStatsParams& p = *a.p;
   const bool capped = p.softcap > 0.0f;
   const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
   const float gain_out = p.softcap / p.temperature;
-  [[maybe_unused]] const typename Product::Scope scope;
+  const ProductLimits limits = product_limits(p.head.dtype);
   IVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 
-  for (int64_t first = 0; first < a.rows; first += Product::kRows) {
-    const int64_t rows = a.rows - first < Product::kRows ? a.rows - first : Product::kRows;
-    alignas(64) LaneStats stats[Product::kRows];
-    for (int64_t r = 0; r < rows; ++r) reset(stats[r]);
+  product_begin(p.head.dtype);
+  for (int64_t first = 0; first < a.rows; first += limits.rows) {
+    const int64_t rows = a.rows - first < limits.rows ? a.rows - first : limits.rows;
+    alignas(64) LaneStats stats[kMaxRows];
+    alignas(64) LaneDraw drawn[kMaxRows];
+    TopK top[kMaxRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      reset(stats[r]);
+      drawn[r] = {splat(-kInf), IVec{} - 1};
+      for (Candidate& c : top[r].list) c = candidate_none();
+    }
 
     for (int64_t vocab = a.begin; vocab < a.end; vocab += kTile) {
       const int count = static_cast<int>(a.end - vocab < kTile ? a.end - vocab : kTile);
       alignas(64) float bias[kTile];
-      for (int i = 0; p.head_bias.data && i < kTile; ++i)
-        bias[i] = value_at(p.head_bias.data, p.head_bias.dtype, i < count ? vocab + i : vocab);
-      const Tile tile = tile_of(p.head, p.width, vocab, count, rows > Product::kOnce, a.panel);
-      product.run(tile, a.x, first, rows, [&](int64_t r, const float* z) __attribute__((always_inline)) {
+      alignas(64) uint32_t vocabulary[kTile];
+      for (int i = 0; i < kTile; ++i) {
+        const int64_t at = i < count ? vocab + i : vocab, v = p.columns ? p.columns[at] : at;
+        vocabulary[i] = static_cast<uint32_t>(v);
+        bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
+      }
+      const Tile tile = tile_of(p.head, p.width, vocab, count, p.columns, rows > limits.once, a.panel);
+      const auto epilogue = [&](int64_t r, const float* z) {
         alignas(64) float raw[kTile];
         for (int i = 0; i < kTile; i += kLanes)
           store(raw + i, p.head_bias.data ? load(z + i) + load(bias + i) : load(z + i));
@@ -102,32 +144,33 @@ void chunk(const ExitStatsChunkArgs& a, Product product) {
           for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, at + i, raw[i]);
         }
         for (int i = 0; i < kTile; i += kLanes) {
-          const IVec ids = lane + i;
           Vec v = load(raw + i) * gain_in;
           if (capped) v = tanh(v) * gain_out;
-          if (count < kTile) v = ids < count ? v : splat(-kInf);
-          push(stats[r], v, ids + static_cast<int32_t>(vocab));
+          if (count < kTile) v = lane + i < count ? v : splat(-kInf);
+          const IVec ids = lane + (static_cast<int32_t>(vocab) + i);
+          push(stats[r], v, ids, p.entropy);
+          if (p.topk) offer(top[r], p.topk, v, ids);
+          if (p.seeds) {
+            UVec counter;
+            __builtin_memcpy(&counter, vocabulary + i, sizeof counter);
+            draw(drawn[r], v, ids, counter, static_cast<uint64_t>(p.seeds[first + r]));
+          }
+          if (p.target) {
+            const int64_t at = p.target[first + r] - vocab - i;
+            if (at >= 0 && at < kLanes && at + i < count) p.target_out[first + r] = v[at];
+          }
         }
-      });
+      };
+      product(p.head.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
     }
-    for (int64_t r = 0; r < rows; ++r) a.partials[(first + r) * a.partial_stride] = collect(stats[r]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (first + r) * a.partial_stride;
+      a.partials[at] = collect(stats[r]);
+      for (int i = 0; i < p.topk; ++i) a.topk[at * p.topk + i] = top[r].list[i];
+      if (p.seeds) a.drawn[at] = collect(drawn[r]);
+    }
   }
-}
-
-int64_t lines_of(DType weights, int64_t width) { return (width * element_bytes(weights) + kLine - 1) / kLine; }
-
-}  // namespace
-
-int64_t rows_bytes(DType weights, int64_t rows, int64_t width) {
-  return with_product(weights, [&](auto product) { return product.rows_bytes(rows, lines_of(weights, width)); });
-}
-
-void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x) {
-  with_product(weights, [&](auto product) { product.pack_row(row, width, lines_of(weights, width), n, x); });
-}
-
-void exit_stats_chunk(const ExitStatsChunkArgs& args) {
-  with_product(args.p->head.dtype, [&](auto product) { chunk(args, product); });
+  product_end(p.head.dtype);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

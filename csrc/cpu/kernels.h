@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/candidates.h"
 #include "core/exit_stats.h"
 #include "core/params.h"
 
@@ -22,8 +23,10 @@ struct PackedRows {
 // Partial statistics of vocabulary rows [begin, end) for the live rows of `p`.
 //   x         the packed rows
 //   out_rows  the row of logits_out that each of them writes
-//   panel     panel_bytes() of scratch, 64-byte aligned
-//   partials  [rows, partial_stride], this chunk's column
+//   panel     scratch for a tile, 64-byte aligned (tile_of() in product.h)
+//   partials  [rows, partial_stride], this chunk's column; so are
+//   topk      [rows, partial_stride, p->topk], and
+//   drawn     [rows, partial_stride]
 struct ExitStatsChunkArgs {
   const ExitStatsParams* p;
   PackedRows x;
@@ -32,6 +35,7 @@ struct ExitStatsChunkArgs {
   int64_t begin, end;
   char* panel;
   ExitStats* partials;
+  Candidate *topk, *drawn;
   int64_t partial_stride;
 };
 

@@ -1,41 +1,20 @@
-// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time.
+// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time. What
+// is done with the products is the caller's epilogue. Implemented in product.cpp, which draws the tiling.
 //
-//   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg); next tile fetched ahead
-//   hidden rows      packed once in the form that the weight's dtype and the ISA want: a Kind below
-//   registers        R x C sums, R hidden rows by C weight rows, R * C = kSums; lanes run along D
-//   result           z[16] of each hidden row, handed to the caller's epilogue while it is in L1
-//
-//   kind             weight line -> registers        hidden row          sums
-//   Float32          as they are                     float               float
-//   Bfloat16         even / odd halves as floats     float, dealt out    float        (no bfloat16 instruction)
-//   Bfloat16Pairs    as they are                     bfloat16            float        vdpbf16ps
-//   Half             converted                       float               float
-//   Int8             converted                       float               float        (no int8 instruction)
-//   Int8Planes       as they are                     two int8 planes     int32        vpdpbusd
-//
-// Bits: every (row, weight row) product is one chain of multiply-adds over D and one tree over the lanes, whatever R
-// and C are and wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
-// Hazards: rows past the weight's end repeat its last row, and the epilogue masks them; lines of rows a multiple of
-// 4 KiB apart share a few L1 sets, so a tile that is read more than once is copied side by side first.
+//   Tile tile = tile_of(weight, width, first weight row, how many, ...);
+//   product(weight.dtype, tile, x, first, rows, epilogue);      // epilogue(r, z[16]) for each hidden row first + r
 #pragma once
-#if defined(__x86_64__) && defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#include <limits>
-#include <type_traits>
-
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
 
 namespace exeunt::cpu::EXEUNT_ISA {
 
 constexpr int kTile = 16;
 constexpr int64_t kLine = 64;
-constexpr int kSums = kLanes == 16 ? 16 : 8;     // accumulators in registers; a multiple of kLanes
-constexpr int kMaxGroup = kLanes == 16 ? 8 : 4;  // hidden rows that share one load of the weight
-constexpr int64_t kBlock = 2048;                 // bytes of a hidden row per block of D: a group's rows stay in L1
-constexpr int kMaxRows = 64;                     // hidden rows (or planes of them) that one call may bring
+constexpr int kMaxRows = 64;  // hidden rows (or planes of them) that one call may bring
+
+static inline int64_t lines_of(DType weights, int64_t width) {
+  return (width * element_bytes(weights) + kLine - 1) / kLine;
+}
 
 // Sixteen rows of a weight, full lines only, and where the next tile begins: lines * 1024 bytes from there on, for rows
 // that lie side by side as for packed ones.
@@ -46,355 +25,61 @@ struct Tile {
   const float* scale;  // [16], int8 only
 };
 
-// Rows [vocab, vocab + count) of a weight. They are read where they lie, or copied to `panel` first: if the last line
-// or the tile itself is short (zeros and repeated rows fill it), or if `often` says that it will be read more than
-// once.
-EXEUNT_INLINE Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int count, bool often, char* panel) {
-  const int64_t bytes = width * element_bytes(w.dtype), lines = (bytes + kLine - 1) / kLine;
-  const char* data = static_cast<const char*>(w.data) + vocab / kTile * w.tile_stride;
+// Rows [vocab, vocab + count) of a weight, or of the list `columns` of its rows. They are read where they lie, or
+// copied to `panel` first: from a list, or if the last line or the tile itself is short (zeros and repeated rows fill
+// it), or if `often` says that the tile will be read more than once. `panel` has room for the tile and sixteen scales.
+static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int count, const int64_t* columns,
+                           bool often, char* panel) {
+  const int64_t bytes = width * element_bytes(w.dtype), lines = lines_of(w.dtype, width);
+  const char* base = static_cast<const char*>(w.data);
+  const char* data = base + vocab / kTile * w.tile_stride;
   Tile tile{data, data + w.tile_stride, w.row_stride, w.line_stride, lines, w.scale ? w.scale + vocab : nullptr};
-  if (w.packed || (!often && count == kTile && bytes % kLine == 0)) return tile;
-  for (int64_t l = 0; l < lines; ++l)
-    for (int i = 0; i < kTile; ++i) {
-      const char* from = data + (i < count ? i : count - 1) * w.row_stride + l * w.line_stride;
-      char* to = panel + (l * kTile + i) * kLine;
-      if (bytes - l * kLine >= kLine) {
+  if (!columns && (w.packed || (!often && count == kTile && bytes % kLine == 0))) return tile;
+  float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
+  for (int i = 0; i < kTile; ++i) {
+    const int64_t at = vocab + (i < count ? i : count - 1), v = columns ? columns[at] : at;
+    const char* from = base + v / kTile * w.tile_stride + v % kTile * w.row_stride;
+    char* to = panel + i * kLine;
+    for (int64_t l = 0; l < lines; ++l, from += w.line_stride, to += kTile * kLine) {
+      if (w.packed || bytes - l * kLine >= kLine) {
         __builtin_memcpy(to, from, kLine);
       } else {
         __builtin_memset(to, 0, kLine);
         __builtin_memcpy(to, from, static_cast<uint64_t>(bytes - l * kLine));
       }
     }
+    if (w.scale) scale[i] = w.scale[v];
+  }
   tile.data = panel;
   tile.row_stride = kLine;
   tile.line_stride = kTile * kLine;
+  if (w.scale) tile.scale = scale;
   return tile;
 }
 
-// ---- hidden rows as two int8 planes
-// ---------------------------------------------------------------------------------- Integer products are exact, so a
-// row is split rather than rounded: q = round(x / scale), |q| <= 127 * 128, is 128 * high + low, both int8, and the
-// planes are packed as two rows. Weights are stored + 128, because the instructions want unsigned by signed:
-// join_planes() takes 128 * sum(plane) off again.
-
-template <class Put>
-EXEUNT_INLINE void split_planes(const float* row, int64_t width, RowScale& s, Put&& put) {
-  float largest = 0.0f;
-  for (int64_t d = 0; d < width; ++d) {
-    const float magnitude = row[d] < 0.0f ? -row[d] : row[d];
-    largest = magnitude <= largest ? largest : magnitude;  // NaN stays
-  }
-  s = {largest / (127 * 128), 0, 0};
-  if (!(largest < std::numeric_limits<float>::infinity())) {  // the row is flagged: all its products are NaN
-    s.scale = std::numeric_limits<float>::quiet_NaN();
-    return;
-  }
-  if (largest < 1e-30f) return;
-  for (int64_t d = 0; d < width; ++d) {
-    const float q = row[d] / s.scale;
-    const int rounded = static_cast<int>(q < 0.0f ? q - 0.5f : q + 0.5f);
-    const int high = (rounded + 64 + (128 << 8)) / 128 - 256, low = rounded - 128 * high;  // low in [-64, 63]
-    put(d, high, low);
-    s.sum_high += high;
-    s.sum_low += low;
-  }
-}
-
-// z[0..15] and z[16..31] hold the integer sums of a row's planes; z[0..15] becomes their product.
-EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const Tile& tile) {
-  for (int i = 0; i < kTile; ++i) {
-    int32_t high, low;
-    __builtin_memcpy(&high, z + i, sizeof high);
-    __builtin_memcpy(&low, z + kTile + i, sizeof low);
-    const float q = static_cast<float>(high - 128 * s.sum_high) * 128.0f + static_cast<float>(low - 128 * s.sum_low);
-    z[i] = q * s.scale * tile.scale[i];
-  }
-}
-
-// ---- kinds -------------------------------------------------------------------------------------------------------
-// kBytes     of a weight row that one step reads      Weight, Hidden  what load() and load_row() put in registers
-// kRowBytes  of the packed hidden row for that step   Sum             accumulator
-// kPlanes    packed rows per hidden row
-
-struct FloatKind {
-  using Sum = Vec;
-  static constexpr int kPlanes = 1;
-  static constexpr int64_t kRowBytes = kLanes * 4;
-  struct Weight {
-    Vec v;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) { sum += w.v * x.v; }
-  EXEUNT_INLINE void finish(float*, const RowScale&, const Tile&) {}
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
-    __builtin_memcpy(out, row, static_cast<uint64_t>(width) * 4);
-  }
+// Called with the 16 products of hidden row first + r. A plain function: inlined into each shape of the product it
+// would be compiled a dozen times, and it runs once for 16 D multiply-adds.
+struct Epilogue {
+  void (*call)(const void* self, int64_t r, const float* z);
+  const void* self;
 };
 
-struct Float32 : FloatKind {
-  static constexpr int64_t kBytes = kLanes * 4;
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
-};
-
-struct Half : FloatKind {
-  static constexpr int64_t kBytes = kLanes * 2;
-  EXEUNT_INLINE void load(const char* p, Weight& w) {
-#if defined(__AVX512F__)
-    w.v = (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-    w.v = (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    uint16_t __attribute__((vector_size(kLanes * 2))) half;
-    __builtin_memcpy(&half, p, sizeof half);
-    const UVec h = __builtin_convertvector(half, UVec);
-    const UVec sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
-    const UVec finite = bits<UVec>(bits<Vec>(rest) * 0x1p112f);
-    w.v = bits<Vec>(sign | (rest >= (0x7c00u << 13) ? rest | 0x7f800000u : finite));
-#endif
-  }
-};
-
-struct Int8 : FloatKind {
-  static constexpr int64_t kBytes = kLanes;
-  EXEUNT_INLINE void load(const char* p, Weight& w) {
-    uint8_t __attribute__((vector_size(kLanes))) byte;
-    __builtin_memcpy(&byte, p, sizeof byte);
-    w.v = __builtin_convertvector(__builtin_convertvector(byte, IVec) - 128, Vec);
-  }
-  EXEUNT_INLINE void finish(float* z, const RowScale&, const Tile& tile) {
-    for (int i = 0; i < kTile; ++i) z[i] *= tile.scale[i];
-  }
-};
-
-// A register of bfloat16 split by parity takes a shift and a mask, where widening it in order takes three shuffles;
-// the hidden row is dealt out to match: the even elements of each step, then the odd ones.
-struct Bfloat16 : FloatKind {
-  static constexpr int64_t kBytes = kLanes * 4, kRowBytes = kLanes * 8;
-  struct Weight {
-    Vec even, odd;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) {
-    keep_in_register(x.even);
-    keep_in_register(x.odd);
-  }
-  EXEUNT_INLINE void load(const char* p, Weight& w) {  // bfloat16 is the upper half of a float
-    UVec pairs;
-    __builtin_memcpy(&pairs, p, sizeof pairs);
-    w.even = bits<Vec>(pairs << 16);
-    w.odd = bits<Vec>(pairs & 0xffff0000u);
-  }
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
-    sum += w.even * x.even;
-    sum += w.odd * x.odd;
-  }
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
-    float* x = reinterpret_cast<float*>(out);
-    for (int64_t d = 0; d < width; ++d) {
-      const int64_t step = d / (2 * kLanes), within = d % (2 * kLanes);
-      x[step * 2 * kLanes + within % 2 * kLanes + within / 2] = row[d];
-    }
-  }
-};
-
-#if defined(__AVX512BF16__)
-// Sixteen pairs a register: two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
-struct Bfloat16Pairs : FloatKind {
-  static constexpr int64_t kBytes = 64, kRowBytes = 64;
-  struct Weight {
-    __m512i v;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
-    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w.v, (__m512bh)x.v);
-  }
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
-    for (int64_t d = 0; d < width; ++d) reinterpret_cast<BFloat16*>(out)[d] = to_bfloat16(row[d]);
-  }
-};
-#endif
-
-#if defined(__AVX512VNNI__)
-struct Int8Planes {
-  using Sum = IVec;
-  static constexpr int kPlanes = 2;
-  static constexpr int64_t kBytes = 64, kRowBytes = 64;
-  struct Weight {
-    __m512i v;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
-    sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, w.v, x.v);
-  }
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t plane_stride, RowScale& s) {
-    split_planes(row, width, s, [&](int64_t d, int high, int low) {
-      reinterpret_cast<int8_t*>(out)[d] = static_cast<int8_t>(high);
-      reinterpret_cast<int8_t*>(out + plane_stride)[d] = static_cast<int8_t>(low);
-    });
-  }
-  EXEUNT_INLINE void finish(float* z, const RowScale& s, const Tile& tile) { join_planes(z, s, tile); }
-};
-#endif
-
-// ---- the product of a tile with hidden rows, lanes along D ---------------------------------------------------------
-
-// R x C sums over one line of C weight rows w_stride apart and R hidden rows x_stride apart.
-template <class K, int R, int C>
-EXEUNT_INLINE void add_line(const char* w, int64_t w_stride, const char* x, int64_t x_stride,
-                            typename K::Sum (&sum)[R][C]) {
-  for (int64_t s = 0; s < kLine / K::kBytes; ++s, w += K::kBytes, x += K::kRowBytes) {
-    if constexpr (R < C) {
-      typename K::Hidden hidden[R];
-      for (int r = 0; r < R; ++r) K::load_row(x + r * x_stride, hidden[r]);
-      for (int c = 0; c < C; ++c) {
-        typename K::Weight weight;
-        K::load(w + c * w_stride, weight);
-        for (int r = 0; r < R; ++r) K::add(sum[r][c], weight, hidden[r]);
-      }
-    } else {
-      typename K::Weight weight[C];
-      for (int c = 0; c < C; ++c) K::load(w + c * w_stride, weight[c]);
-      for (int r = 0; r < R; ++r) {
-        typename K::Hidden hidden;
-        K::load_row(x + r * x_stride, hidden);
-        K::keep(hidden);  // or the compiler reads it again for each of the C products
-        for (int c = 0; c < C; ++c) K::add(sum[r][c], weight[c], hidden);
-      }
-    }
-  }
-}
-
-// z[r][i] = row i of the tile . hidden row r, for R rows. Wide rows go in blocks of D; between two blocks the sums wait
-// in `wait`, still spread over lanes, so the chain of each pair stays one. Meanwhile the next tile is fetched in
-// the order of its addresses, by each of `shares` groups a part, so that memory is busy all the time.
-template <class K, int R>
-EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int share, int shares, const char*& next,
-                         float (*z)[kTile]) {
-  using Sum = typename K::Sum;
-  constexpr int C = kSums / R;
-  constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
-  const int64_t block = R == 1 ? tile.lines : kBlock / kLineOfRow;
-  alignas(64) Sum wait[R][kTile];
-  for (int64_t begin = 0; begin < tile.lines; begin += block) {
-    const int64_t end = begin + block < tile.lines ? begin + block : tile.lines;
-    for (int c = 0; c < kTile; c += C) {
-      Sum sum[R][C] = {};
-      if (begin > 0)
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < C; ++i) sum[r][i] = wait[r][c + i];
-      const char* w = tile.data + c * tile.row_stride;
-      const auto add_lines = [&](auto fetch) __attribute__((always_inline)) {
-        for (int64_t l = begin; l < end; ++l) {
-          for (int i = 0; fetch && i < C; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
-          add_line<K>(w + l * tile.line_stride, tile.row_stride, x + l * kLineOfRow, x_stride, sum);
-        }
-      };
-      if (c / C % shares == share)
-        add_lines(std::true_type());
-      else
-        add_lines(std::false_type());
-      if (end < tile.lines) {
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < C; ++i) wait[r][c + i] = sum[r][i];
-        continue;
-      }
-      alignas(64) float out[R][C];
-      for (int i = 0; i < kSums; i += kLanes) {
-        const Sum sums = sum_each(&sum[0][0] + i);
-        __builtin_memcpy(&out[0][0] + i, &sums, sizeof sums);
-      }
-      for (int r = 0; r < R; ++r) __builtin_memcpy(z[r] + c, out[r], sizeof out[r]);
-    }
-  }
-}
-
-template <class K>
-struct VectorProduct {
-  static constexpr int64_t kRows = kMaxRows / K::kPlanes;
-  static constexpr int64_t kOnce = kMaxGroup / K::kPlanes;  // with more hidden rows, a tile is read more than once
-  struct Scope {};                                          // of a thread's work on a chunk
-
-  // An odd number of lines apart, so that the rows of a group do not share L1 sets.
-  EXEUNT_INLINE int64_t stride(int64_t lines) {
-    return (lines * (kLine / K::kBytes * K::kRowBytes / kLine) | 1) * kLine;
-  }
-
-  EXEUNT_INLINE int64_t rows_bytes(int64_t rows, int64_t lines) { return rows * K::kPlanes * stride(lines); }
-
-  EXEUNT_INLINE void pack_row(const float* row, int64_t width, int64_t lines, int64_t n, PackedRows x) {
-    char* out = x.data + rows_bytes(n, lines);
-    __builtin_memset(out, 0, static_cast<uint64_t>(rows_bytes(1, lines)));
-    K::put(row, width, out, stride(lines), x.scale[n]);
-  }
-
-  // each(r, z) for hidden rows first + r, r < rows <= kRows: the 16 products of a row.
-  template <class Each>
-  EXEUNT_INLINE void run(const Tile& tile, PackedRows x, int64_t first, int64_t rows, Each&& each) {
-    const int64_t step = stride(tile.lines);
-    const char* data = x.data + first * K::kPlanes * step;
-    const RowScale* scale = x.scale + first;
-    const int64_t total = rows * K::kPlanes;
-    const int shares = total < kMaxGroup ? 1 : static_cast<int>(total / kMaxGroup);
-    alignas(64) float z[kMaxGroup][kTile];
-    int64_t done = 0;
-    int share = 0;
-    const char* next = tile.next;
-    const auto take = [&](auto size) __attribute__((always_inline)) {
-      constexpr int R = decltype(size)::value;
-      group<K, R>(tile, data + done * step, step, share++, shares, next, z);
-      for (int r = 0; r < R; r += K::kPlanes, done += K::kPlanes) {
-        const int64_t row = done / K::kPlanes;
-        K::finish(z[r], scale[row], tile);
-        each(row, static_cast<const float*>(z[r]));
-      }
-    };
-    while (total - done >= kMaxGroup) take(std::integral_constant<int, kMaxGroup>());
-    if (kMaxGroup > 4 && total - done >= 4) take(std::integral_constant<int, 4>());
-    if (total - done >= 2) take(std::integral_constant<int, 2>());
-    if (K::kPlanes == 1 && total > done) take(std::integral_constant<int, K::kPlanes>());
-  }
-};
-
-#if defined(EXEUNT_AMX)
-}  // namespace exeunt::cpu::EXEUNT_ISA
-#include "cpu/product_amx.h"
-namespace exeunt::cpu::EXEUNT_ISA {
-#endif
-
-// f(product) with the product that this ISA has for weights of that dtype.
 template <class F>
-EXEUNT_INLINE auto with_product(DType weights, F&& f) {
-  switch (weights) {
-    case DType::bfloat16:
-#if defined(EXEUNT_AMX)
-      return f(TileProduct<Bfloat16Tiles>());
-#elif defined(__AVX512BF16__)
-      return f(VectorProduct<Bfloat16Pairs>());
-#else
-      return f(VectorProduct<Bfloat16>());
-#endif
-    case DType::int8:
-#if defined(EXEUNT_AMX)
-      return f(TileProduct<Int8Tiles>());
-#elif defined(__AVX512VNNI__)
-      return f(VectorProduct<Int8Planes>());
-#else
-      return f(VectorProduct<Int8>());
-#endif
-    case DType::float16:
-      return f(VectorProduct<Half>());
-    default:
-      return f(VectorProduct<Float32>());
-  }
+Epilogue epilogue_of(const F& f) {
+  return {[](const void* self, int64_t r, const float* z) { (*static_cast<const F*>(self))(r, z); }, &f};
 }
+
+// Hidden rows that one call of product() may bring, and how many of them read a tile only once.
+struct ProductLimits {
+  int64_t rows, once;
+};
+ProductLimits product_limits(DType weights);
+
+// A thread's products happen between these two (AMX shapes its registers).
+void product_begin(DType weights);
+void product_end(DType weights);
+
+// epilogue(r, z) for hidden rows first + r, r < rows: their products with the tile's 16 rows.
+void product(DType weights, const Tile& tile, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue);
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

@@ -1,6 +1,10 @@
 // One vector of floats as wide as the ISA this file is compiled for, in GCC/Clang vector extensions: the same source
 // becomes SSE2 or NEON (4 lanes), AVX2 (8) and AVX-512 (16). Everything is static and inside the ISA's namespace.
 #pragma once
+#if defined(__x86_64__) && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <utility>
 
@@ -46,6 +50,16 @@ EXEUNT_INLINE void keep_in_register([[maybe_unused]] V& v) {
   asm("" : "+x"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
+#endif
+}
+
+EXEUNT_INLINE bool any(IVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int l = 0; l < kLanes; ++l) found |= mask[l];
+  return found != 0;
 #endif
 }
 
@@ -105,6 +119,24 @@ EXEUNT_INLINE Vec exp(Vec x) {
   p = p * (r * r) + r + 1.0f;
   const IVec exponent = (bits<IVec>(shifted) - 0x4b400000 + 127) << 23;
   return p * bits<Vec>(exponent);
+}
+
+// log of a positive normal number, relative error below 2^-22: x = m 2^n with m in [sqrt(1/2), sqrt(2)).
+EXEUNT_INLINE Vec log(Vec x) {
+  const IVec shifted = bits<IVec>(x) - 0x3f3504f3;
+  const Vec n = __builtin_convertvector(shifted >> 23, Vec);
+  const Vec m = bits<Vec>((shifted & 0x007fffff) + 0x3f3504f3);
+  const Vec f = m - 1.0f, square = f * f;
+  Vec p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return f + (square * f * p - 0.5f * square + n * -2.12194440e-4f) + n * 0.693359375f;
 }
 
 // tanh: a polynomial near zero, where the quotient would cancel, (1 - 2 / (e^2|x| + 1)) beyond. NaN stays NaN.

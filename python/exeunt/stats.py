@@ -30,6 +30,13 @@ class ExitStats(NamedTuple):
         [N] float, sum of exp(z - top1); at least 1.
     weighted : Tensor
         [N] float, sum of (z - top1) exp(z - top1); at most 0.
+    target : Tensor, optional
+        [N] float, the logit of an asked id; None unless asked for, as the following.
+    topk_logits, topk_ids : Tensor, optional
+        [N, k] float and int64, the k largest logits, largest first, ties by the lowest index; where fewer are finite the
+        rest are -inf and -1.
+    sample : Tensor, optional
+        [N] int64, a draw from the row's softmax.
 
     Examples
     --------
@@ -44,6 +51,10 @@ class ExitStats(NamedTuple):
     top2: Tensor
     sumexp: Tensor
     weighted: Tensor
+    target: Tensor | None = None
+    topk_logits: Tensor | None = None
+    topk_ids: Tensor | None = None
+    sample: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> ExitStats:

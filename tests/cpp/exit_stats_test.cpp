@@ -92,7 +92,7 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
 
   std::vector<int64_t> argmax(n);
   std::vector<float> top1(n), top2(n), sumexp(n), weighted(n), logits(n * v);
-  void* workspace = std::aligned_alloc(64, cpu::exit_stats_workspace(dtype, n, v, d, 3));
+  void* workspace = std::aligned_alloc(64, cpu::exit_stats_workspace(dtype, n, v, d, 0, false, 3));
   ExitStatsParams p{};
   p.hidden = hidden.data();
   const int64_t row_bytes = stride * element_bytes(dtype);
@@ -113,6 +113,7 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
   p.top2 = top2.data();
   p.sumexp = sumexp.data();
   p.weighted = weighted.data();
+  p.entropy = true;
   p.workspace = workspace;
   std::vector<float> first;
   for (int threads : {1, 3}) {

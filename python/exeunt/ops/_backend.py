@@ -28,6 +28,7 @@ cuda = _module("_cuda")
 if cpu is not None:
     cpu.select_isa(os.environ.get("EXEUNT_MAX_ISA", ""))
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _warned: set[str] = set()
 
 
@@ -39,20 +40,26 @@ def warn_fallback(op: str, device: torch.device) -> None:
         warnings.warn(f"exeunt has no kernel for {key} in this build: the torch reference serves", stacklevel=4)
 
 
-def direct(*tensors: Tensor | None) -> bool:
+def direct(hidden: Tensor, weight: Tensor) -> bool:
     """Whether an op may skip the dispatcher: plain eager CPU tensors, and nothing traces."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
-        return False
-    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu") for t in tensors)
+    return (
+        type(hidden) in _PLAIN
+        and type(weight) in _PLAIN
+        and hidden.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+    )
 
 
-def vector_arg(t: Tensor | None) -> tuple[int, int]:
-    """(address, dtype) as the binding wants an optional contiguous vector."""
-    return (0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype])
+def pointer(t: Tensor | None) -> int:
+    """Address as the binding wants an optional contiguous tensor."""
+    return 0 if t is None else t.data_ptr()
+
+
+def vector_arg(t: Tensor | None) -> tuple[int, int, int]:
+    """(address, dtype, stride) as the binding wants an optional vector."""
+    return (0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(0))
 
 
 def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, bool, int, int, int, int]:
