@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+#include <memory>
 #include <tuple>
 
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
+#include "cpu/small_head.h"
 
 namespace py = pybind11;
 using namespace exeunt;
@@ -50,10 +53,7 @@ void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const
   p.count = reinterpret_cast<const void*>(count);
   p.count_64 = count_64;
   p.head_bias = vector_arg(head_bias);
-  p.norm = static_cast<Norm>(norm);
-  p.norm_weight = vector_arg(norm_weight);
-  p.norm_bias = vector_arg(norm_bias);
-  p.eps = eps;
+  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
   p.scale = scale;
   p.softcap = softcap;
   p.temperature = temperature;
@@ -78,6 +78,43 @@ void exit_stats(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::exit_stats(p);
+}
+
+// (weight, bias, outputs, inputs, activation) of a layer; outputs 0 means "not given".
+using Layer = std::tuple<Weight, Vector, int64_t, int64_t, int>;
+
+LayerArg layer_arg(const Layer& l) {
+  const auto& [weight, bias, outputs, inputs, activation] = l;
+  return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
+}
+
+void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
+                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
+                uintptr_t out, int threads) {
+  SmallHeadParams p{};
+  p.hidden = reinterpret_cast<const void*>(hidden);
+  p.hidden_dtype = static_cast<DType>(hidden_dtype);
+  p.hidden_stride = hidden_stride;
+  p.rows = rows;
+  p.width = width;
+  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
+  p.pooler = layer_arg(pooler);
+  p.pooled = p.pooler.outputs > 0;
+  p.head = layer_arg(head);
+  p.out = reinterpret_cast<float*>(out);
+  p.threads = threads;
+  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, cpu::small_head_workspace(p)),
+                                                        std::free);
+  p.workspace = workspace.get();
+  py::gil_scoped_release release;
+  cpu::small_head(p);
+}
+
+void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
+                int64_t width, uintptr_t out) {
+  py::gil_scoped_release release;
+  cpu::saturation({reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), static_cast<DType>(a_dtype),
+                   static_cast<DType>(b_dtype), a_stride, b_stride, rows, width, reinterpret_cast<float*>(out)});
 }
 
 }  // namespace
@@ -105,4 +142,11 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("topk_logits"), py::arg("topk_ids"), py::arg("seeds"), py::arg("sample"), py::arg("argmax"),
         py::arg("top1"), py::arg("top2"), py::arg("sumexp"), py::arg("weighted"), py::arg("workspace"),
         py::arg("threads"), "Fused norm, head and online softmax; see exeunt.ops.exit_stats.");
+  m.def("small_head", &small_head, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
+        py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
+        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("threads"),
+        "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
+        py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
+        "Cosine of pairs of rows; see exeunt.ops.saturation.");
 }

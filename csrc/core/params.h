@@ -28,6 +28,22 @@ struct WeightArg {
   const float* scale;  // [V], int8 only
 };
 
+enum class Activation : int32_t { none = 0, tanh = 1, relu = 2, sigmoid = 3 };
+
+struct NormArg {
+  Norm kind;
+  VectorArg weight, bias;  // [D]
+  float eps;
+};
+
+// activation(x W^T + b), W [outputs, inputs]
+struct LayerArg {
+  WeightArg weight;
+  VectorArg bias;
+  int64_t outputs, inputs;
+  Activation activation;
+};
+
 struct ExitStatsParams {
   const void* hidden;  // [N, D], dtype hidden_dtype, row stride hidden_stride elements
   DType hidden_dtype;
@@ -40,10 +56,9 @@ struct ExitStatsParams {
   const void* count;     // one integer: how many of the M rows are live, or nullptr for all
   bool count_64;
 
-  VectorArg head_bias;               // [V]
-  VectorArg norm_weight, norm_bias;  // [D]
-  Norm norm;
-  float eps, scale, softcap, temperature;  // softcap 0: none
+  VectorArg head_bias;  // [V]
+  NormArg norm;
+  float scale, softcap, temperature;  // softcap 0: none
 
   void* logits_out;  // [N, V], raw product W x + b, or nullptr
   DType logits_dtype;
@@ -64,6 +79,27 @@ struct ExitStatsParams {
 
   void* workspace;  // exit_stats_workspace() bytes, 64-byte aligned
   int32_t threads;
+};
+
+// norm -> optional pooler -> head, all logits out: heads of a few classes, and probes.
+struct SmallHeadParams {
+  const void* hidden;  // [N, D]
+  DType hidden_dtype;
+  int64_t hidden_stride, rows, width;
+  NormArg norm;
+  bool pooled;
+  LayerArg pooler, head;  // pooler [P, D] if pooled, head [V, P or D]
+  float* out;             // [N, V]
+  void* workspace;        // small_head_workspace() bytes, 64-byte aligned
+  int32_t threads;
+};
+
+// Cosine of a[n] and b[n], both [N, D].
+struct SaturationParams {
+  const void *a, *b;
+  DType a_dtype, b_dtype;
+  int64_t a_stride, b_stride, rows, width;
+  float* out;  // [N]
 };
 
 }  // namespace exeunt

@@ -10,11 +10,11 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "core/exit_stats.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 
 namespace exeunt::cpu {
 namespace {
@@ -22,8 +22,6 @@ namespace {
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunk = 256;
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
-
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 16)); }
 
@@ -46,55 +44,6 @@ struct Layout {
 
 int64_t index_at(const void* list, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(list)[i] : static_cast<const int32_t*>(list)[i];
-}
-
-// Sum of f(d) over [0, width) in eight interleaved parts, so that additions overlap; always in the same order.
-template <class F>
-double sum_of(int64_t width, F f) {
-  double part[8] = {};
-  int64_t d = 0;
-  for (; d + 8 <= width; d += 8)
-    for (int i = 0; i < 8; ++i) part[i] += f(d + i);
-  for (int i = 0; d < width; ++d, ++i) part[i] += f(d);
-  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
-}
-
-// values[d] for all of a vector, with its dtype decided once: use(T*), T one of the element types.
-template <class Use>
-void typed(const void* data, DType dtype, Use use) {
-  if (dtype == DType::float32)
-    use(static_cast<const float*>(data));
-  else if (dtype == DType::bfloat16)
-    use(static_cast<const BFloat16*>(data));
-  else
-    use(static_cast<const Float16*>(data));
-}
-
-// Statistics of the norm in double: D is short beside V x D, and squares of large hidden values cannot overflow. The
-// row leaves with the head's dtype, as the model's own norm would hand it to its head.
-void normalise(const ExitStatsParams& p, int64_t row, float* x, double* wide) {
-  const int64_t width = p.width;
-  typed(p.hidden, p.hidden_dtype, [&](auto* hidden) {
-    for (int64_t d = 0; d < width; ++d) wide[d] = to_float(hidden[row * p.hidden_stride + d]);
-  });
-  if (p.norm != Norm::none) {
-    const double n = static_cast<double>(width);
-    const double mean = p.norm == Norm::layer ? sum_of(width, [&](int64_t d) { return wide[d]; }) / n : 0.0;
-    const double power = sum_of(width, [&](int64_t d) { return (wide[d] - mean) * (wide[d] - mean); }) / n;
-    const double rstd = 1.0 / std::sqrt(power + static_cast<double>(p.eps));
-    for (int64_t d = 0; d < width; ++d) wide[d] = (wide[d] - mean) * rstd;
-  }
-  if (p.norm_weight.data)
-    typed(p.norm_weight.data, p.norm_weight.dtype, [&](auto* weight) {
-      for (int64_t d = 0; d < width; ++d) wide[d] *= to_float(weight[d * p.norm_weight.stride]);
-    });
-  if (p.norm_bias.data)
-    typed(p.norm_bias.data, p.norm_bias.dtype, [&](auto* bias) {
-      for (int64_t d = 0; d < width; ++d) wide[d] += to_float(bias[d * p.norm_bias.stride]);
-    });
-  for (int64_t d = 0; d < width; ++d) x[d] = static_cast<float>(wide[d]);
-  if (p.head.dtype == DType::bfloat16 || p.head.dtype == DType::float16)
-    for (int64_t d = 0; d < width; ++d) x[d] = rounded_to(p.head.dtype, x[d]);
 }
 
 // Write what row r reports: its statistics, and what its chunks' candidates come to. A flagged row has no candidates.
@@ -153,7 +102,7 @@ void exit_stats(const ExitStatsParams& p) {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
-      normalise(p, out_rows[r], row, wide);
+      normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
       isa.pack_row(p.head.dtype, row, p.width, r, x);
     }
 #pragma omp for schedule(dynamic)

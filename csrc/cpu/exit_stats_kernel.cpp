@@ -109,13 +109,13 @@ void exit_stats_chunk(const ExitStatsChunkArgs& a) {
   const bool capped = p.softcap > 0.0f;
   const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
   const float gain_out = p.softcap / p.temperature;
-  const ProductLimits limits = product_limits(p.head.dtype);
+  const int64_t block = product_rows(p.head.dtype);
   IVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 
   product_begin(p.head.dtype);
-  for (int64_t first = 0; first < a.rows; first += limits.rows) {
-    const int64_t rows = a.rows - first < limits.rows ? a.rows - first : limits.rows;
+  for (int64_t first = 0; first < a.rows; first += block) {
+    const int64_t rows = a.rows - first < block ? a.rows - first : block;
     alignas(64) LaneStats stats[kMaxRows];
     alignas(64) LaneDraw drawn[kMaxRows];
     TopK top[kMaxRows];
@@ -134,7 +134,7 @@ void exit_stats_chunk(const ExitStatsChunkArgs& a) {
         vocabulary[i] = static_cast<uint32_t>(v);
         bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
       }
-      const Tile tile = tile_of(p.head, p.width, vocab, count, p.columns, rows > limits.once, a.panel);
+      const Tile tile = tile_of(p.head, p.width, vocab, count, p.columns, a.panel);
       const auto epilogue = [&](int64_t r, const float* z) {
         alignas(64) float raw[kTile];
         for (int i = 0; i < kTile; i += kLanes)

@@ -48,7 +48,7 @@ bool has_amx() {
 
 #endif
 
-#define EXEUNT_ISA_OF(isa) {#isa, isa::rows_bytes, isa::pack_row, isa::exit_stats_chunk}
+#define EXEUNT_ISA_OF(isa) {#isa, isa::rows_bytes, isa::pack_row, isa::exit_stats_chunk, isa::linear_rows}
 constexpr Isa kBaseline = EXEUNT_ISA_OF(baseline);
 #if defined(__x86_64__)
 constexpr Isa kAvx2 = EXEUNT_ISA_OF(avx2), kAvx512 = EXEUNT_ISA_OF(avx512), kAvx512Bf16 = EXEUNT_ISA_OF(avx512_bf16),

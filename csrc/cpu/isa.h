@@ -11,6 +11,7 @@ struct Isa {
   RowsBytes rows_bytes;
   PackRow pack_row;
   ExitStatsChunk exit_stats_chunk;
+  LinearRows linear_rows;
 };
 
 const Isa& selected_isa();

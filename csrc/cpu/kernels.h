@@ -43,6 +43,15 @@ struct ExitStatsChunkArgs {
 // pack_row    packs row n, of `width` floats
 using RowsBytes = int64_t (*)(DType weights, int64_t rows, int64_t width);
 using PackRow = void (*)(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);
+// out[rows, outputs] = activation(x W^T + b)
+struct LinearArgs {
+  const LayerArg* layer;
+  PackedRows x;
+  int64_t rows;
+  char* panel;  // as in ExitStatsChunkArgs
+  float* out;
+};
+using LinearRows = void (*)(const LinearArgs&);
 using ExitStatsChunk = void (*)(const ExitStatsChunkArgs&);
 
 #define EXEUNT_DECLARE_KERNELS(isa)                                                       \
@@ -50,6 +59,7 @@ using ExitStatsChunk = void (*)(const ExitStatsChunkArgs&);
   int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                         \
   void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x); \
   void exit_stats_chunk(const ExitStatsChunkArgs& args);                                  \
+  void linear_rows(const LinearArgs& args);                                               \
   }
 EXEUNT_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -15,8 +15,7 @@
 //
 // Bits: every (row, weight row) product is one chain of multiply-adds over D and one tree over the lanes, whatever R
 // and C are and wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
-// Hazards: rows past the weight's end repeat its last row, and the epilogue masks them; lines of rows a multiple of
-// 4 KiB apart share a few L1 sets, so a tile that is read more than once is copied side by side first.
+// Hazard: rows past the weight's end repeat its last row, and the epilogue masks them.
 #include "cpu/product.h"
 
 #include <limits>
@@ -34,11 +33,11 @@ constexpr int kSums = kLanes == 16 ? 16 : 8;     // accumulators in registers; a
 constexpr int kMaxGroup = kLanes == 16 ? 8 : 4;  // hidden rows that share one load of the weight
 constexpr int64_t kBlock = 2048;                 // bytes of a hidden row per block of D: a group's rows stay in L1
 
-// ---- hidden rows as two int8 planes
-// ---------------------------------------------------------------------------------- Integer products are exact, so a
-// row is split rather than rounded: q = round(x / scale), |q| <= 127 * 128, is 128 * high + low, both int8, and the
-// planes are packed as two rows. Weights are stored + 128, because the instructions want unsigned by signed:
-// join_planes() takes 128 * sum(plane) off again.
+// ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
+
+// Integer products are exact, so a row is split rather than rounded: q = round(x / scale), |q| <= 127 * 128, is
+// 128 * high + low, both int8, and the planes are packed as two rows. Weights are stored + 128, because the
+// instructions want unsigned by signed: join_planes() takes 128 * sum(plane) off again.
 
 template <class Put>
 EXEUNT_INLINE void split_planes(const float* row, int64_t width, RowScale& s, Put&& put) {
@@ -74,7 +73,8 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const Tile& tile) {
   }
 }
 
-// ---- kinds -------------------------------------------------------------------------------------------------------
+// ---- kinds ----------------------------------------------------------------------------------------------------------
+
 // kBytes     of a weight row that one step reads      Weight, Hidden  what load() and load_row() put in registers
 // kRowBytes  of the packed hidden row for that step   Sum             accumulator
 // kPlanes    packed rows per hidden row
@@ -208,7 +208,8 @@ struct Int8Planes {
 };
 #endif
 
-// ---- the product of a tile with hidden rows, lanes along D ---------------------------------------------------------
+// ---- the product of a tile with hidden rows, lanes along D
+// -----------------------------------------------------------
 
 // R x C sums over one line of C weight rows w_stride apart and R hidden rows x_stride apart.
 template <class K, int R, int C>
@@ -283,7 +284,6 @@ EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int 
 template <class K>
 struct VectorProduct {
   static constexpr int64_t kRows = kMaxRows / K::kPlanes;
-  static constexpr int64_t kOnce = kMaxGroup / K::kPlanes;  // with more hidden rows, a tile is read more than once
   static void begin() {}
   static void end() {}
 
@@ -366,8 +366,8 @@ void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedR
   with_product(weights, [&](auto product) { product.pack_row(row, width, lines_of(weights, width), n, x); });
 }
 
-ProductLimits product_limits(DType weights) {
-  return with_product(weights, [](auto product) { return ProductLimits{product.kRows, product.kOnce}; });
+int64_t product_rows(DType weights) {
+  return with_product(weights, [](auto product) { return product.kRows; });
 }
 
 void product_begin(DType weights) {

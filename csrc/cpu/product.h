@@ -27,14 +27,14 @@ struct Tile {
 
 // Rows [vocab, vocab + count) of a weight, or of the list `columns` of its rows. They are read where they lie, or
 // copied to `panel` first: from a list, or if the last line or the tile itself is short (zeros and repeated rows fill
-// it), or if `often` says that the tile will be read more than once. `panel` has room for the tile and sixteen scales.
+// it). `panel` has room for the tile and sixteen scales. (A copy for tiles that many hidden rows read was slower.)
 static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int count, const int64_t* columns,
-                           bool often, char* panel) {
+                           char* panel) {
   const int64_t bytes = width * element_bytes(w.dtype), lines = lines_of(w.dtype, width);
   const char* base = static_cast<const char*>(w.data);
   const char* data = base + vocab / kTile * w.tile_stride;
   Tile tile{data, data + w.tile_stride, w.row_stride, w.line_stride, lines, w.scale ? w.scale + vocab : nullptr};
-  if (!columns && (w.packed || (!often && count == kTile && bytes % kLine == 0))) return tile;
+  if (!columns && (w.packed || (count == kTile && bytes % kLine == 0))) return tile;
   float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
   for (int i = 0; i < kTile; ++i) {
     const int64_t at = vocab + (i < count ? i : count - 1), v = columns ? columns[at] : at;
@@ -65,15 +65,12 @@ struct Epilogue {
 };
 
 template <class F>
-Epilogue epilogue_of(const F& f) {
+static inline Epilogue epilogue_of(const F& f) {
   return {[](const void* self, int64_t r, const float* z) { (*static_cast<const F*>(self))(r, z); }, &f};
 }
 
-// Hidden rows that one call of product() may bring, and how many of them read a tile only once.
-struct ProductLimits {
-  int64_t rows, once;
-};
-ProductLimits product_limits(DType weights);
+// Hidden rows that one call of product() may bring.
+int64_t product_rows(DType weights);
 
 // A thread's products happen between these two (AMX shapes its registers).
 void product_begin(DType weights);

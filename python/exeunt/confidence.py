@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from exeunt import ops
 from exeunt.stats import ExitStats
 
 if TYPE_CHECKING:
@@ -77,12 +78,13 @@ def _stats(point: ExitPoint) -> ExitStats:
 
 
 def _saturation(point: ExitPoint) -> Tensor:
-    return torch.cosine_similarity(point.hidden.float(), point.previous.float(), dim=-1).clamp(-1.0, 1.0)
+    return ops.saturation(point.hidden, point.previous)
 
 
 def _probe(point: ExitPoint) -> Tensor:
-    assert point.head.probe is not None  # the recipe has checked
-    return point.head.probe(point.hidden)
+    probe = point.head.probe
+    assert probe is not None  # the recipe has checked
+    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
 
 
 #: Every measure by name. ``max_prob`` (BERxiT, EE-LLM and others), ``margin`` (CALM's softmax response, FREE),

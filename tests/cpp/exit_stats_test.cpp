@@ -102,8 +102,8 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
   p.rows = n;
   p.vocab = v;
   p.width = d;
-  p.norm = Norm::rms;
-  p.eps = 1e-6f;
+  p.norm.kind = Norm::rms;
+  p.norm.eps = 1e-6f;
   p.scale = p.temperature = 1.0f;
   p.logits_out = logits.data();
   p.logits_dtype = DType::float32;

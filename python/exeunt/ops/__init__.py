@@ -3,5 +3,6 @@
 from exeunt.ops._backend import DTYPES
 from exeunt.ops.exit_stats import exit_stats
 from exeunt.ops.packed_head import PackedHead
+from exeunt.ops.small_head import probe, saturation, small_head
 
-__all__ = ["DTYPES", "PackedHead", "exit_stats"]
+__all__ = ["DTYPES", "PackedHead", "exit_stats", "probe", "saturation", "small_head"]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exeunt.ops import _backend
+from exeunt.ops import _backend, _library
 from exeunt.ops._exit_stats_call import Call
 from exeunt.ops.packed_head import PackedHead
 from exeunt.stats import ExitStats
 
 _SCHEMA = (
-    "exit_stats(Tensor hidden, Tensor head, Tensor? head_scale, SymInt[]? packed, Tensor? head_bias, str? norm, Tensor? norm_weight, Tensor? norm_bias, "
+    "(Tensor hidden, Tensor head, Tensor? head_scale, SymInt[]? packed, Tensor? head_bias, str? norm, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, float scale, float? softcap, float temperature, Tensor? rows, Tensor? count, Tensor? columns, "
     "Tensor? target, int topk, Tensor? seeds, bool entropy, Tensor(a!)? logits_out)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -145,18 +145,4 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _autograd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise RuntimeError(
-            "exit_stats has no gradient and hidden requires one: call it under torch.no_grad(), or use "
-            "exeunt.reference.exit_stats, which is differentiable"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.exeunt.exit_stats(hidden, *args)
-
-
-_lib = torch.library.Library("exeunt", "DEF")
-_lib.define(_SCHEMA)
-_lib.impl("exit_stats", _forward, "CompositeExplicitAutograd")
-_lib.impl("exit_stats", _autograd, "Autograd")
-torch.library.register_fake("exeunt::exit_stats", _fake, lib=_lib)
+_library.define("exit_stats", _SCHEMA, _forward, _fake)

@@ -54,18 +54,7 @@ def exit_stats(
     live = None
     if count is not None:
         live = torch.arange(len(picked), device=hidden.device) < count.reshape(())
-    x = picked.to(dtype)
-    if norm == "rms":
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    elif norm == "layer":
-        x = x - x.mean(-1, keepdim=True)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    if norm_weight is not None:
-        x = x * norm_weight.to(dtype)
-    if norm_bias is not None:
-        x = x + norm_bias.to(dtype)
-    if head.dtype in (torch.bfloat16, torch.float16):
-        x = x.to(head.dtype).to(dtype)  # what the model's own norm hands to its head
+    x = normalised(picked.to(dtype), norm, norm_weight, norm_bias, eps, head.dtype)
     if columns is not None:
         head = head[columns]
         head_bias = None if head_bias is None else head_bias[columns]
@@ -100,6 +89,27 @@ def exit_stats(
         drawn = (z.double() + gumbel(seeds, ids)).argmax(-1)
         stats = stats._replace(sample=named(torch.where(flagged, -1, drawn)))
     return stats
+
+
+def normalised(
+    x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float, narrow: torch.dtype
+) -> Tensor:
+    """Rows after their norm, rounded once to ``narrow``, the dtype of the weight that they will meet.
+
+    Examples
+    --------
+    >>> normalised(torch.tensor([[3.0, 4.0]]), "rms", None, None, 0.0, torch.float32)
+    tensor([[0.8485, 1.1314]])
+    """
+    if norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    if norm is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        x = x * weight.to(x.dtype)
+    if bias is not None:
+        x = x + bias.to(x.dtype)
+    return x.to(narrow).to(x.dtype) if narrow in (torch.bfloat16, torch.float16) else x
 
 
 def _largest(z: Tensor, k: int, flagged: Tensor, named: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

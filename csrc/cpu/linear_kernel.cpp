@@ -1,0 +1,46 @@
+// A plain layer for few rows: the streaming product, and bias and activation as its epilogue.
+#include "cpu/product.h"
+#include "cpu/vec.h"
+
+namespace exeunt::cpu::EXEUNT_ISA {
+namespace {
+
+EXEUNT_INLINE Vec activated(Vec v, Activation activation) {
+  if (activation == Activation::tanh) return tanh(v);
+  if (activation == Activation::relu) return v < 0.0f ? splat(0.0f) : v;  // NaN stays
+  if (activation == Activation::sigmoid) {
+    const Vec bounded = v < -87.0f ? splat(-87.0f) : v > 87.0f ? splat(87.0f) : v;
+    const Vec result = 1.0f / (1.0f + exp(-bounded));
+    return v == v ? result : v;
+  }
+  return v;
+}
+
+}  // namespace
+
+void linear_rows(const LinearArgs& a) {
+  const LayerArg& layer = *a.layer;
+  const DType dtype = layer.weight.dtype;
+  const int64_t block = product_rows(dtype);
+  product_begin(dtype);
+  for (int64_t first = 0; first < a.rows; first += block) {
+    const int64_t rows = a.rows - first < block ? a.rows - first : block;
+    for (int64_t at = 0; at < layer.outputs; at += kTile) {
+      const int count = static_cast<int>(layer.outputs - at < kTile ? layer.outputs - at : kTile);
+      alignas(64) float bias[kTile] = {};
+      for (int i = 0; layer.bias.data && i < count; ++i)
+        bias[i] = value_at(layer.bias.data, layer.bias.dtype, (at + i) * layer.bias.stride);
+      const Tile tile = tile_of(layer.weight, layer.inputs, at, count, nullptr, a.panel);
+      const auto epilogue = [&](int64_t r, const float* z) {
+        alignas(64) float out[kTile];
+        for (int i = 0; i < kTile; i += kLanes)
+          store(out + i, activated(load(z + i) + load(bias + i), layer.activation));
+        __builtin_memcpy(a.out + (first + r) * layer.outputs + at, out, sizeof(float) * static_cast<uint64_t>(count));
+      };
+      product(dtype, tile, a.x, first, rows, epilogue_of(epilogue));
+    }
+  }
+  product_end(dtype);
+}
+
+}  // namespace exeunt::cpu::EXEUNT_ISA

@@ -1,0 +1,31 @@
+"""Registration with torch.library: what makes an op traceable, and where its missing gradient is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_lib = torch.library.Library("exeunt", "DEF")
+
+
+def define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``exeunt::name``: one forward for every device, a fake for tracing, a sentence instead of a gradient.
+
+    The first argument is the one that may require a gradient.
+    """
+
+    def autograd(hidden: torch.Tensor, *args: Any) -> Any:
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise RuntimeError(
+                f"{name} has no gradient and hidden requires one: call it under torch.no_grad(), or use "
+                f"exeunt.reference.{name}, which is differentiable"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.exeunt, name)(hidden, *args)
+
+    _lib.define(name + schema)
+    _lib.impl(name, forward, "CompositeExplicitAutograd")
+    _lib.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"exeunt::{name}", fake, lib=_lib)

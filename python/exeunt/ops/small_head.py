@@ -1,0 +1,308 @@
+"""Heads of a few classes, probes and saturation: the checks that read no vocabulary, each in one call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from exeunt import reference
+from exeunt.ops import _backend, _library
+
+_NORMS = {None: 0, "rms": 1, "layer": 2}
+_ACTIVATIONS = {"none": 0, "tanh": 1, "relu": 2, "sigmoid": 3}
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? pooler_weight, Tensor? pooler_bias, str activation, "
+    "str final, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
+)
+
+
+def small_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pooler_weight: Tensor | None = None,
+    pooler_bias: Tensor | None = None,
+    activation: str = "tanh",
+    final: str = "none",
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Logits ``final(W activation(P x + p) + b)`` of a classifier's exit head, x the normalised hidden row, in one call.
+
+    For heads whose logits are wanted whole: classes up to a few dozen (DeeBERT's pooler and linear layer, PABEE's shared
+    pooler). Rows are rounded once to the weight's dtype before each product, which accumulates in float32. A row's
+    result has the same bits in any batch and with any number of threads.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        [N, D] float32, bfloat16 or float16, on any row stride.
+    weight : Tensor
+        [V, D], or [V, P] with a pooler; float32 or the dtype of ``hidden``, unit stride along the row.
+    bias : Tensor, optional
+        [V], float32 or the dtype of ``hidden``, as all vectors here.
+    pooler_weight : Tensor, optional
+        [P, D] of the dtype of ``weight``.
+    pooler_bias : Tensor, optional
+        [P].
+    activation, final : {"none", "tanh", "relu", "sigmoid"}
+        After the pooler (default "tanh") and after the head (default "none").
+    norm : {None, "rms", "layer"}
+        Normalisation of ``hidden`` first.
+    norm_weight, norm_bias : Tensor, optional
+        [D].
+    eps : float, default 1e-6
+        Added to the mean square (or variance) of the norm.
+
+    Returns
+    -------
+    Tensor
+        [N, V] float32; a row that holds NaN gives NaN.
+
+    Raises
+    ------
+    ValueError, TypeError
+        One sentence naming the argument, what was expected and what came.
+    RuntimeError
+        If ``hidden`` requires a gradient while gradients are recorded: :func:`exeunt.reference.small_head` has one.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> logits = exeunt.ops.small_head(torch.randn(4, 64), torch.randn(3, 64), pooler_weight=torch.randn(64, 64) / 8)
+    >>> logits.shape
+    torch.Size([4, 3])
+    """
+    args = (hidden, weight, bias, pooler_weight, pooler_bias, activation, final, norm, norm_weight, norm_bias, eps)
+    _check("small_head", *args)
+    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
+        return _forward(*args)
+    return torch.ops.exeunt.small_head(*args)
+
+
+def probe(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hidden_weight: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+    activation: str = "relu",
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Probability that a linear or one-hidden-layer probe gives each hidden row, fused with the norm.
+
+    CALM's "meta-classifier" and SpecEE's predictor: a confidence that reads no head.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        [N, D] float32, bfloat16 or float16.
+    weight : Tensor
+        [D], or [H] with a hidden layer; float32 or the dtype of ``hidden``.
+    bias : Tensor, optional
+        One number.
+    hidden_weight, hidden_bias : Tensor, optional
+        [H, D] and [H]: the hidden layer.
+    activation : {"relu", "tanh", "sigmoid", "none"}
+        After the hidden layer.
+    norm, norm_weight, norm_bias, eps
+        As in :func:`small_head`.
+
+    Returns
+    -------
+    Tensor
+        [N] float32 in [0, 1]; NaN where a row holds NaN, so that it never exits.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As :func:`small_head`.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> exeunt.ops.probe(torch.randn(2, 64), torch.zeros(64), norm="rms")
+    tensor([0.5000, 0.5000])
+    """
+    if weight.dim() != 1:
+        raise ValueError(f"probe: weight must have shape [D], or [H] with hidden_weight, got {list(weight.shape)}")
+    return small_head(
+        hidden, weight[None], None if bias is None else bias.reshape(1), pooler_weight=hidden_weight,
+        pooler_bias=hidden_bias, activation=activation, final="sigmoid", norm=norm, norm_weight=norm_weight,
+        norm_bias=norm_bias, eps=eps,
+    ).view(-1)  # fmt: skip
+
+
+def saturation(hidden: Tensor, previous: Tensor) -> Tensor:
+    """Cosine similarity of each hidden row and the layer's input (CALM's hidden-state saturation).
+
+    Parameters
+    ----------
+    hidden, previous : Tensor
+        [N, D] float32, bfloat16 or float16.
+
+    Returns
+    -------
+    Tensor
+        [N] float32 in [-1, 1]; 0 where a row is all zeros, NaN where one holds NaN. Sums are taken in float64.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As :func:`small_head`.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> h = torch.randn(2, 64)
+    >>> exeunt.ops.saturation(h, -2 * h)
+    tensor([-1., -1.])
+    """
+    for name, t in (("hidden", hidden), ("previous", previous)):
+        if t.dtype not in _backend.DTYPES:
+            raise TypeError(f"saturation: {name} must be float32, bfloat16 or float16, got {t.dtype}")
+    if hidden.dim() != 2 or previous.shape != hidden.shape:
+        raise ValueError(
+            f"saturation: hidden and previous must both have shape [N, D], got {list(hidden.shape)} and "
+            f"{list(previous.shape)}"
+        )
+    if hidden.device != previous.device:
+        raise ValueError(f"saturation: previous must be on {hidden.device} like hidden, got {previous.device}")
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or previous.requires_grad)
+    if _backend.direct(hidden, previous) and not wants_gradient:
+        return _saturation(hidden, previous)
+    return torch.ops.exeunt.saturation(hidden, previous)
+
+
+def _check(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pooler_weight: Tensor | None,
+    pooler_bias: Tensor | None,
+    activation: str,
+    final: str,
+    norm: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> None:
+    shape, dtype, device = hidden.shape, hidden.dtype, hidden.device
+    if len(shape) != 2:
+        raise ValueError(f"{op}: hidden must have shape [N, D], got {list(shape)}")
+    if dtype not in _backend.DTYPES:
+        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {dtype}")
+    d = inner = shape[1]
+    if pooler_weight is not None:
+        _check_matrix(op, "pooler_weight", pooler_weight, d, hidden)
+        inner = pooler_weight.shape[0]
+        if pooler_weight.dtype != weight.dtype:
+            raise TypeError(f"{op}: pooler_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
+    elif pooler_bias is not None:
+        raise ValueError(f"{op}: pooler_bias needs a pooler_weight, got none")
+    _check_matrix(op, "weight", weight, inner, hidden)
+    for name, vector, size in (("bias", bias, weight.shape[0]), ("pooler_bias", pooler_bias, inner),
+                               ("norm_weight", norm_weight, d), ("norm_bias", norm_bias, d)):  # fmt: skip
+        if vector is None:
+            continue
+        if vector.shape != (size,):
+            raise ValueError(f"{op}: {name} must have shape [{size}], got {list(vector.shape)}")
+        if vector.dtype not in (torch.float32, dtype) or vector.device != device:
+            raise TypeError(
+                f"{op}: {name} must be float32 or {dtype} on {device}, got {vector.dtype} on {vector.device}"
+            )
+    if activation not in _ACTIVATIONS or final not in _ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}, {final!r}")
+    if norm not in _NORMS:
+        raise ValueError(f"{op}: norm must be None, 'rms' or 'layer', got {norm!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
+def _check_matrix(op: str, name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] < 1:
+        raise ValueError(f"{op}: {name} must have shape [V, {inputs}] with V >= 1, got {list(weight.shape)}")
+    if weight.dtype not in (torch.float32, hidden.dtype) or weight.device != hidden.device:
+        raise TypeError(
+            f"{op}: {name} must be float32 or {hidden.dtype} on {hidden.device}, got {weight.dtype} on {weight.device}"
+        )
+    if inputs > 1 and weight.stride(1) != 1:
+        raise ValueError(f"{op}: {name} must have unit stride along its rows, got strides {weight.stride()}")
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pooler_weight: Tensor | None,
+    pooler_bias: Tensor | None,
+    activation: str,
+    final: str,
+    norm: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    cpu = _backend.cpu
+    if cpu is None or not hidden.is_cpu:
+        _backend.warn_fallback("small_head", hidden.device)
+        return reference.small_head(
+            hidden, weight, bias, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation,
+            final=final, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+        )  # fmt: skip
+    n, d = hidden.shape
+    v, inner = weight.shape
+    out = torch.empty((n, v), dtype=torch.float32)
+    if n == 0:
+        return out
+    if d > 1 and hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    vector, matrix = _backend.vector_arg, _backend.weight_arg
+    pooler = _NO_LAYER
+    if pooler_weight is not None:
+        pooler = (matrix(pooler_weight), vector(pooler_bias), inner, d, _ACTIVATIONS[activation])
+    cpu.small_head(
+        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _NORMS[norm], vector(norm_weight),
+        vector(norm_bias), eps, pooler, (matrix(weight), vector(bias), v, inner, _ACTIVATIONS[final]),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_NO_LAYER = ((0, 0, False, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
+
+
+def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:
+    cpu = _backend.cpu
+    if cpu is None or not hidden.is_cpu:
+        _backend.warn_fallback("saturation", hidden.device)
+        return reference.saturation(hidden, previous)
+    n, d = hidden.shape
+    a, b = (t if d <= 1 or t.stride(1) == 1 else t.contiguous() for t in (hidden, previous))
+    out = torch.empty(n, dtype=torch.float32)
+    codes = _backend.DTYPES
+    cpu.saturation(a.data_ptr(), codes[a.dtype], a.stride(0), b.data_ptr(), codes[b.dtype], b.stride(0), n, d,
+                   out.data_ptr())  # fmt: skip
+    return out
+
+
+def _fake(hidden: Tensor, weight: Tensor, *args: object) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def _fake_saturation(hidden: Tensor, previous: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+_library.define("small_head", _SCHEMA, _forward, _fake)
+_library.define("saturation", "(Tensor hidden, Tensor previous) -> Tensor", _saturation, _fake_saturation)
