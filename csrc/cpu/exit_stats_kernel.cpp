@@ -6,7 +6,7 @@
 //   +-----------+             -> LaneStats of the row: lane l follows vocabulary rows l, l + lanes, ...
 //   | 16 rows   |         at the end of the chunk the lanes of each row are merged to one ExitStats
 //
-// Hazard: products past the end of the chunk are those of its last row; they are overwritten by -inf.
+// Hazard: products past the end of the chunk mean nothing; -inf takes their place before anything looks at them.
 #include <limits>
 
 #include "cpu/gumbel.h"

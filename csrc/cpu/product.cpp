@@ -15,7 +15,7 @@
 //
 // Bits: every (row, weight row) product is one chain of multiply-adds over D and one tree over the lanes, whatever R
 // and C are and wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
-// Hazard: rows past the weight's end repeat its last row, and the epilogue masks them.
+// Hazard: the rows of a short tile's end are not the weight's (product.h): the epilogue masks their products.
 #include "cpu/product.h"
 
 #include <limits>

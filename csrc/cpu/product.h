@@ -26,8 +26,9 @@ struct Tile {
 };
 
 // Rows [vocab, vocab + count) of a weight, or of the list `columns` of its rows. They are read where they lie, or
-// copied to `panel` first: from a list, or if the last line or the tile itself is short (zeros and repeated rows fill
-// it). `panel` has room for the tile and sixteen scales. (A copy for tiles that many hidden rows read was slower.)
+// copied to `panel` first: from a list, or if the last line is short (zeros fill it) or the tile itself is (what lies
+// beyond its rows is left as it was: the epilogue must not use those products). `panel` has room for the tile and
+// sixteen scales. (A copy for tiles that many hidden rows read was slower.)
 static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int count, const int64_t* columns,
                            char* panel) {
   const int64_t bytes = width * element_bytes(w.dtype), lines = lines_of(w.dtype, width);
@@ -36,8 +37,8 @@ static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int
   Tile tile{data, data + w.tile_stride, w.row_stride, w.line_stride, lines, w.scale ? w.scale + vocab : nullptr};
   if (!columns && (w.packed || (count == kTile && bytes % kLine == 0))) return tile;
   float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
-  for (int i = 0; i < kTile; ++i) {
-    const int64_t at = vocab + (i < count ? i : count - 1), v = columns ? columns[at] : at;
+  for (int i = 0; i < count; ++i) {
+    const int64_t v = columns ? columns[vocab + i] : vocab + i;
     const char* from = base + v / kTile * w.tile_stride + v % kTile * w.row_stride;
     char* to = panel + i * kLine;
     for (int64_t l = 0; l < lines; ++l, from += w.line_stride, to += kTile * kLine) {

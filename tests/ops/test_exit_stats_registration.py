@@ -118,7 +118,11 @@ BAD = [
     (dict(hidden=torch.zeros(2, 3, D)), ValueError, r"hidden must have shape \[N, D\], got \[2, 3, 16\]"),
     (dict(head=torch.zeros(V, D + 1)), ValueError, r"head must have shape \[V, 16\] .*got \[40, 17\]"),
     (dict(head=torch.zeros(0, D)), ValueError, r"head must have shape"),
-    (dict(hidden=torch.zeros(N, D).double()), TypeError, r"hidden must be float32, bfloat16 or float16, got torch.float64"),
+    (
+        dict(hidden=torch.zeros(N, D).double()),
+        TypeError,
+        r"hidden must be float32, bfloat16 or float16, got torch.float64",
+    ),
     (dict(head=torch.zeros(V, D).bfloat16()), TypeError, r"head must have the dtype of hidden, torch.float32"),
     (dict(head=torch.zeros(D, V).T), ValueError, r"head must have unit stride along D"),
     (dict(norm="batch"), ValueError, r"norm must be None, 'rms' or 'layer', got 'batch'"),

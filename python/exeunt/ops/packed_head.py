@@ -51,8 +51,7 @@ class PackedHead:
             raise ValueError(f"PackedHead: weight must have shape [V, D] with V, D >= 1, got {list(weight.shape)}")
         if weight.device.type != "cpu" or weight.dtype not in _DTYPES[:3]:
             raise TypeError(
-                "PackedHead: weight must be float32, bfloat16 or float16 on cpu, "
-                f"got {weight.dtype} on {weight.device}"
+                f"PackedHead: weight must be float32, bfloat16 or float16 on cpu, got {weight.dtype} on {weight.device}"
             )
         self.dtype = weight.dtype if dtype is None else dtype
         if self.dtype not in _DTYPES:

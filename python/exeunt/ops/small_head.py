@@ -197,11 +197,11 @@ def _check(
     norm_bias: Tensor | None,
     eps: float,
 ) -> None:
-    shape, dtype, device = hidden.shape, hidden.dtype, hidden.device
+    shape = hidden.shape
     if len(shape) != 2:
         raise ValueError(f"{op}: hidden must have shape [N, D], got {list(shape)}")
-    if dtype not in _backend.DTYPES:
-        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {dtype}")
+    if hidden.dtype not in _backend.DTYPES:
+        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
     d = inner = shape[1]
     if pooler_weight is not None:
         _check_matrix(op, "pooler_weight", pooler_weight, d, hidden)
@@ -211,22 +211,29 @@ def _check(
     elif pooler_bias is not None:
         raise ValueError(f"{op}: pooler_bias needs a pooler_weight, got none")
     _check_matrix(op, "weight", weight, inner, hidden)
-    for name, vector, size in (("bias", bias, weight.shape[0]), ("pooler_bias", pooler_bias, inner),
-                               ("norm_weight", norm_weight, d), ("norm_bias", norm_bias, d)):  # fmt: skip
-        if vector is None:
-            continue
-        if vector.shape != (size,):
-            raise ValueError(f"{op}: {name} must have shape [{size}], got {list(vector.shape)}")
-        if vector.dtype not in (torch.float32, dtype) or vector.device != device:
-            raise TypeError(
-                f"{op}: {name} must be float32 or {dtype} on {device}, got {vector.dtype} on {vector.device}"
-            )
+    if bias is not None:
+        _check_vector(op, "bias", bias, weight.shape[0], hidden)
+    if pooler_bias is not None:
+        _check_vector(op, "pooler_bias", pooler_bias, inner, hidden)
+    if norm_weight is not None:
+        _check_vector(op, "norm_weight", norm_weight, d, hidden)
+    if norm_bias is not None:
+        _check_vector(op, "norm_bias", norm_bias, d, hidden)
     if activation not in _ACTIVATIONS or final not in _ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}, {final!r}")
     if norm not in _NORMS:
         raise ValueError(f"{op}: norm must be None, 'rms' or 'layer', got {norm!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
+def _check_vector(op: str, name: str, vector: Tensor, size: int, hidden: Tensor) -> None:
+    if vector.shape != (size,):
+        raise ValueError(f"{op}: {name} must have shape [{size}], got {list(vector.shape)}")
+    if vector.dtype not in (torch.float32, hidden.dtype) or vector.device != hidden.device:
+        raise TypeError(
+            f"{op}: {name} must be float32 or {hidden.dtype} on {hidden.device}, got {vector.dtype} on {vector.device}"
+        )
 
 
 def _check_matrix(op: str, name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
