@@ -158,6 +158,14 @@ def test_decision_is_the_callers_and_stays():
         assert audit.refuted and audit.exits_allowed is allowed
 
 
+def test_evidence_inside_a_batch_counts():
+    """Refuted in its midst although the end of the batch looks good again, as it would be request by request."""
+    audit = Audit(PAC)
+    with pytest.warns(RuntimeWarning, match="refuted after 2 audited"):
+        audit.observe(np.concatenate([np.ones(6), np.zeros(1000)]))
+    assert audit.refuted and audit.count == 1006
+
+
 def test_batches_do_not_matter_and_the_interval_holds_the_mean():
     x = streams("labels", 0.07, 500, 7)[0]
     whole, single = Audit(PAC), Audit(PAC)

@@ -99,20 +99,21 @@ def test_fixed_sequence_violates_with_the_promised_probability_at_most(n, confid
 @pytest.mark.parametrize("n", SIZES)
 def test_capital_is_a_martingale_at_the_level(n, level):
     x = sequences(n)
-    chance = likelihood(x, level)
-    fortune = np.exp(capital(x, level, 0.9))
-    assert chance @ fortune == pytest.approx(np.ones(n), rel=1e-12)
-    for mean in (level, (1 + level) / 2):
-        for u in (0.5, 0.2, 0.1):
-            assert likelihood(x, mean)[fortune.max(1) >= 1 / u].sum() <= u
+    for confidence in (0.9, 0.2):  # few units: the first bets all it may, the second less
+        fortune = np.exp(capital(x, level, confidence))
+        assert likelihood(x, level) @ fortune == pytest.approx(np.ones(n), rel=1e-12)
+        for mean in (level, (1 + level) / 2):
+            for u in (0.5, 0.2, 0.1):
+                assert likelihood(x, mean)[fortune.max(1) >= 1 / u].sum() <= u
 
 
 def test_capital_bets_on_the_past_only():
     x = np.random.default_rng(0).random((1, 8))
     changed = x.copy()
     changed[0, 5] = 1 - changed[0, 5]
-    steps = np.diff(capital(np.concatenate([x, changed]), 0.3, 0.9), prepend=0.0, axis=1)
-    assert (steps[0, :5] == steps[1, :5]).all() and steps[0, 5] != steps[1, 5]
+    steps = np.diff(capital(np.concatenate([x, changed]), 0.3, 0.2), prepend=0.0, axis=1)
+    bets = np.expm1(steps) / (0.3 - np.concatenate([x, changed]))
+    assert bets.max() < 1 and bets[0, :6] == pytest.approx(bets[1, :6]) and abs(bets[0, 6] - bets[1, 6]) > 1e-3
 
 
 # ---- conformal: every unit of n + 1 is the one that follows, in turn
