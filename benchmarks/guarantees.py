@@ -25,7 +25,6 @@ DRAWS = 2000
 CONFIDENCE = 0.9
 LEVELS = {20: 0.25, 200: 0.1, 2000: 0.05}  # by calibration size
 DOCS = Path(__file__).parents[1] / "docs" / "calibration.md"
-BEGIN, END = "<!-- python benchmarks/guarantees.py --write -->\n", "<!-- end -->\n"
 
 PAC: dict[str, Callable[[np.ndarray, float], int | None]] = {
     "learn_then_test, hoeffding_bentkus": lambda x, level: learn_then_test(x, level, CONFIDENCE),
@@ -172,6 +171,13 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def into_docs(command: str, text: str) -> None:
+    """Replace what stands in docs/calibration.md between the comment that names the command and the next end."""
+    begin, end = f"<!-- {command} -->\n", "<!-- end -->\n"
+    before, old = DOCS.read_text().split(begin)
+    DOCS.write_text(before + begin + text + end + old.split(end, 1)[1])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/calibration.md")
@@ -179,8 +185,7 @@ if __name__ == "__main__":
     outcomes = [case() for case in track(CASES, "Calibrating", console=Console(stderr=True), transient=True)]
     text = table(outcomes)
     if write:
-        before, after = DOCS.read_text().split(BEGIN)
-        DOCS.write_text(before + BEGIN + text + END + after.split(END)[1])
+        into_docs("python benchmarks/guarantees.py --write", text)
     else:
         print(text, end="")
     sys.exit(0 if all(o.kept for o in outcomes) else "a contract was broken: see the table")
