@@ -5,7 +5,7 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 :func:`exeunt.ops.exit_stats` alone.
 """
 
-from exeunt import confidence, heads, ops, policies, recipes, reference, states
+from exeunt import calibration, confidence, heads, ops, policies, recipes, reference, states
 from exeunt.attach import Attached, attach
 from exeunt.report import Report
 from exeunt.stats import ExitStats
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "__version__",
     "attach",
+    "calibration",
     "confidence",
     "heads",
     "ops",

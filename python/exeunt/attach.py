@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 import time
 import types
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from exeunt import ops
+from exeunt.calibration import Calibration
 from exeunt.confidence import ExitPoint
 from exeunt.models import KeyValues, LayerCall, Structure, discover
 from exeunt.models.structure import CACHE_KEYWORD
@@ -39,7 +41,7 @@ __all__ = ["Attached", "attach"]
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def attach(model: Any, recipe: Recipe) -> Attached:
+def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
     """Let tokens of a stock causal language model leave early.
 
     ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a batch leaves
@@ -52,6 +54,8 @@ def attach(model: Any, recipe: Recipe) -> Attached:
         A transformers causal language model of the Llama family.
     recipe : Recipe
         For example ``exeunt.recipes.calm(exits=[8, 12], threshold=0.9)``.
+    calibration : Calibration or path, optional
+        Its threshold takes the place of the recipe's; everything else has to be as it was calibrated.
 
     Returns
     -------
@@ -62,7 +66,7 @@ def attach(model: Any, recipe: Recipe) -> Attached:
     ------
     ValueError
         One sentence: a model without decoder layers, exits outside 0..L-2, heads of another width or dtype, a model
-        that has exits already.
+        that has exits already, a calibration of another model, other heads or another recipe.
     ImportError
         Without transformers.
 
@@ -77,7 +81,7 @@ def attach(model: Any, recipe: Recipe) -> Attached:
     >>> early.report().histogram   # the first of the four tokens comes from the prompt's own forward
     {1: 3}
     """
-    return Attached(model, recipe)
+    return Attached(model, recipe, calibration)
 
 
 class Attached:
@@ -89,11 +93,15 @@ class Attached:
         The model.
     recipe : Recipe
         What decides.
+    calibration : Calibration or None
+        Where its threshold comes from.
     structure : Structure
         What was found of the model.
     """
 
-    def __init__(self, model: Any, recipe: Recipe) -> None:
+    def __init__(
+        self, model: Any, recipe: Recipe, calibration: Calibration | str | os.PathLike[str] | None = None
+    ) -> None:
         try:
             from exeunt.cache import adopt  # here, since it imports transformers, which the ops do without
         except ImportError as missing:
@@ -101,8 +109,12 @@ class Attached:
         if model in _attached:
             raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
         self._adopt = adopt
-        self.model, self.recipe = model, recipe
         self.structure: Structure = discover(model)
+        if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                calibration = Calibration.load(calibration)
+            recipe = calibration.apply(model, recipe)
+        self.model, self.recipe, self.calibration = model, recipe, calibration
         self.depth = len(self.structure.layers)
         self._check_recipe()
         self._local = threading.local()  # the step under way; a forward stays on its thread

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from exeunt import confidence, info, policies, recipes
+from exeunt import confidence, files, info, policies, recipes
 
 __all__ = ["main"]
 
@@ -156,9 +155,9 @@ def _demo(args: argparse.Namespace) -> None:
     picture.show(outcome, title, Console(highlight=False))
     with _refusing():
         if args.html:
-            _write(args.html, picture.html(outcome, title).encode())
+            files.write(args.html, picture.html(outcome, title).encode())
         if args.png:
-            _write(args.png, picture.png(outcome, title))
+            files.write(args.png, picture.png(outcome, title))
 
 
 @contextmanager
@@ -198,10 +197,6 @@ def _positive(text: str) -> int:
     return value
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
 def _check_writable(path: Path | None) -> None:
     """Raise unless a file can be written there; nothing stays behind."""
     if path is None:
@@ -209,18 +204,9 @@ def _check_writable(path: Path | None) -> None:
     problem = "it is a directory" if path.is_dir() else ""
     if not problem:
         try:
-            _unfinished(path).touch()
-            _unfinished(path).unlink()
+            files.unfinished(path).touch()
+            files.unfinished(path).unlink()
         except OSError as error:
             problem = error.strerror or str(error)
     if problem:
         raise OSError(f"expected a file that can be written, got {path}: {problem}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write completely or not at all."""
-    try:
-        _unfinished(path).write_bytes(content)
-        os.replace(_unfinished(path), path)
-    finally:
-        _unfinished(path).unlink(missing_ok=True)

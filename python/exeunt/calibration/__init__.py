@@ -1,0 +1,35 @@
+"""Thresholds with a contract: plain functions of arrays, and the artefact that carries what was promised.
+
+Which to choose, what each promises and how far it stays below that: ``docs/calibration.md``. Arrays may be numpy's,
+torch's or nested lists. The unit of exchangeability is the prompt or the example, never the token.
+"""
+
+from exeunt.calibration import fingerprints, risks
+from exeunt.calibration.artefact import Calibration
+from exeunt.calibration.audit import Audit
+from exeunt.calibration.beta_mixture import beta_mixture
+from exeunt.calibration.budget import budget
+from exeunt.calibration.conformal import conformal
+from exeunt.calibration.contract import Contract
+from exeunt.calibration.learn_then_test import learn_then_test
+from exeunt.calibration.leaving import first_exit
+from exeunt.calibration.risk_control import risk_control
+from exeunt.calibration.temperature import temperature, temperatures
+from exeunt.calibration.utility import utility
+
+__all__ = [
+    "Audit",
+    "Calibration",
+    "Contract",
+    "beta_mixture",
+    "budget",
+    "conformal",
+    "fingerprints",
+    "first_exit",
+    "learn_then_test",
+    "risk_control",
+    "risks",
+    "temperature",
+    "temperatures",
+    "utility",
+]
