@@ -21,8 +21,8 @@ def filled(lazy, batch=3, length=5):
 def test_adopting_keeps_keys_values_and_class(lazy):
     cache = filled(lazy)
     keys = [layer.keys for layer in cache.layers]
-    state = adopt(cache)
-    assert state.prompt_length == 5 and adopt(cache) is state
+    state = adopt(cache, 2)
+    assert state.prompt_length == 5 and adopt(cache, 2) is state
     assert all(type(layer) is ExitCacheLayer for layer in cache.layers) and isinstance(cache, transformers.DynamicCache)
     assert all(a is b.keys for a, b in zip(keys, cache.layers, strict=True))
     cache.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
@@ -32,20 +32,20 @@ def test_adopting_keeps_keys_values_and_class(lazy):
 @pytest.mark.parametrize("lazy", [True, False])
 def test_adopting_an_empty_cache(lazy):
     cache = transformers.DynamicCache() if lazy else transformers.DynamicCache(config=tiny_llama(layers=2).config)
-    state = adopt(cache)
+    state = adopt(cache, 2)
     assert state.prompt_length == 0 and cache.get_seq_length() == 0
     for layer in range(2):
         cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), layer)
-    assert len(cache.layers) == 2 and type(cache.layers[1]) is ExitCacheLayer and adopt(cache) is state
+    assert len(cache.layers) == 2 and type(cache.layers[1]) is ExitCacheLayer and adopt(cache, 2) is state
 
 
 def test_two_caches_have_two_states():
-    assert adopt(filled(True)) is not adopt(filled(True))
+    assert adopt(filled(True), 2) is not adopt(filled(True), 2)
 
 
 def test_rows_travel_with_the_cache():
     cache = filled(True)
-    state = adopt(cache)
+    state = adopt(cache, 2)
     state.stop_ids = torch.tensor([7, 8])
     state.feed(torch.tensor([[7], [1], [1]]))
     state.feed(torch.tensor([[0], [1], [8]]))  # sticky: row 0 has ended before
@@ -61,7 +61,7 @@ def test_rows_travel_with_the_cache():
 
 
 def test_nothing_is_known_of_rows_without_ids_or_stop_ids():
-    state = adopt(filled(True))
+    state = adopt(filled(True), 2)
     state.feed(torch.tensor([[7], [1], [1]]))
     assert state.finished is None
     state.stop_ids = torch.tensor([7])
@@ -70,7 +70,7 @@ def test_nothing_is_known_of_rows_without_ids_or_stop_ids():
 
 
 def test_positions_count_new_tokens():
-    state = adopt(filled(True))
+    state = adopt(filled(True), 2)
     assert state.position(5) == (1, None)
     state.max_length = 25
     assert state.position(8) == (4, 20)
@@ -81,7 +81,7 @@ def test_positions_count_new_tokens():
 def test_other_caches_are_left_alone():
     model = tiny_llama(layers=2)
     static = transformers.StaticCache(config=model.config, max_cache_len=8)
-    assert adopt(static) is None and adopt(None) is None
+    assert adopt(static, 2) is None and adopt(None, 2) is None
     config = transformers.MistralConfig(num_hidden_layers=2, sliding_window=4)
     sliding = transformers.DynamicCache(config=config)
-    assert adopt(sliding) is None and not isinstance(sliding.layers[0], ExitCacheLayer)
+    assert adopt(sliding, 2) is None and not isinstance(sliding.layers[0], ExitCacheLayer)
