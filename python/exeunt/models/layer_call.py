@@ -85,8 +85,6 @@ class LayerCall:
 
     def pick(self, rows: Tensor) -> LayerCall:
         """The same call for some rows."""
-        if rows.numel() == self.take.batch:
-            return self
         arguments = {name: self.take(value, rows) for name, value in self.arguments.items()}
         return LayerCall(self.forward, self.hidden.index_select(0, rows), arguments, RowTaker(len(rows)), self.cache)
 
