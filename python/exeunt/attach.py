@@ -116,6 +116,7 @@ class Attached:
         self.model, self.recipe = model, recipe
         self.structure: Structure = discover(model)
         self.depth = len(self.structure.layers)
+        self._heads = {e: recipe.head(e) for e in recipe.exits}
         self._check_recipe()
         self._local = _UnderWay()
         self._spare: Tensor | None = None  # a logits buffer that no caller holds
@@ -162,8 +163,7 @@ class Attached:
             raise ValueError(
                 f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
             )
-        for e in self.recipe.exits:
-            own = self.recipe.head(e)
+        for e, own in self._heads.items():
             for part in (own.translator, own.probe):
                 if part is None:
                     continue
@@ -336,7 +336,7 @@ class Attached:
     @torch.no_grad()
     def _check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
         """Score the running rows after layer i and let those go that the policy releases."""
-        own = self.recipe.head(i)
+        own = self._heads[i]
         hidden, previous = after[:, 0], before[:, 0]
         stats = None
         if self.recipe.confidence.reads_head:
@@ -424,9 +424,8 @@ class Attached:
     def _translate(self, normed: Tensor, step: Step) -> Tensor:
         """Normed states with those of rows that left without reading the head taken through their exit's translator."""
         assert step.left is not None and step.hidden is not None
-        for layer in self.recipe.exits:
+        for layer, own in self._heads.items():
             rows = step.left[step.depth[step.left] == layer]
-            own = self.recipe.head(layer)
             if rows.numel() and own.translator is not None:
                 normed = normed.index_copy(0, rows, self.structure.normalise(own.state(step.hidden[rows])))
         return normed

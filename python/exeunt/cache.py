@@ -192,18 +192,21 @@ class ExitCacheLayer(DynamicLayer):
         """
         if not self.length:
             self.lazy_initialization(key_states, value_states)
-        assert self._keys is not None
-        self._check(key_states, value_states, self._keys.shape[0])
+        state = self.state
+        if state is not None and state.pending:
+            self.settle()
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)  # autograd is for tensors, not for room
-        self.settle()
-        count = key_states.shape[2]
-        self._reserve(self.length + count)
+        start, count = self.length, key_states.shape[2]
+        self._reserve(start + count)
         assert self._keys is not None and self._values is not None
-        self._keys.narrow(2, self.length, count).copy_(key_states)
-        self._values.narrow(2, self.length, count).copy_(value_states)
-        self.length += count
-        return self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
+        keys, values = self._keys.narrow(2, start, count), self._values.narrow(2, start, count)
+        _expect("keys", key_states, keys, keys.shape)
+        _expect("values", value_states, values, values.shape)
+        keys.copy_(key_states)
+        values.copy_(value_states)
+        self.length = end = start + count
+        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def get_seq_length(self) -> int:
         """Tokens in the layer, those included that it still owes keys and values for."""
@@ -243,10 +246,9 @@ class ExitCacheLayer(DynamicLayer):
 
         Returns all the keys and values of these rows, [n, Hkv, length, Dh].
         """
-        self._check_index(own)
-        self._check(own.keys, own.values, len(rows))
         self.settle()
         self._reserve(self.length + 1)
+        self._check(own, len(rows))
         assert self._keys is not None and self._values is not None
         self._keys.select(2, self.length).index_copy_(0, rows, own.keys[:, :, 0])
         self._values.select(2, self.length).index_copy_(0, rows, own.values[:, :, 0])
@@ -273,8 +275,7 @@ class ExitCacheLayer(DynamicLayer):
             filled = self.state.fill([(call, then) for _, call, _, then in located])
             slots = torch.cat([torch.full_like(now, slot) for slot, _, now, _ in located])
             rows = torch.cat([now for _, _, now, _ in located])
-            self._check_index(filled)
-            self._check(filled.keys, filled.values, len(rows))
+            self._check(filled, len(rows))
             self._keys[rows, :, slots] = filled.keys[:, :, 0]
             self._values[rows, :, slots] = filled.values[:, :, 0]
         del self.state.pending[self.index]
@@ -290,24 +291,13 @@ class ExitCacheLayer(DynamicLayer):
         self._keys, self._values = keys, values
         self.length = 0 if keys is None or keys.dim() < 4 else keys.shape[2]
 
-    def _check(self, keys: Tensor, values: Tensor, batch: int) -> None:
-        """Raise ValueError unless the tensors, of ``batch`` rows, continue what the layer holds."""
-        for what, new, held in (("keys", keys, self._keys), ("values", values, self._values)):
-            assert held is not None
-            if new.shape[0] != batch or new.shape[1] != held.shape[1] or new.shape[3] != held.shape[3]:
-                raise ValueError(
-                    f"cache: expected {what} of shape [{batch}, {held.shape[1]}, T, {held.shape[3]}] like those it "
-                    f"holds, got {[*new.shape]}"
-                )
-            if new.dtype != held.dtype or new.device != held.device:
-                raise ValueError(
-                    f"cache: expected {what} in {held.dtype} on {held.device} like those it holds, "
-                    f"got {new.dtype} on {new.device}"
-                )
-
-    def _check_index(self, own: KeyValues) -> None:
+    def _check(self, own: KeyValues, rows: int) -> None:
+        """Raise ValueError unless these are this layer's keys and values, one token for each of ``rows``."""
         if own.index != self.index:
-            raise ValueError(f"cache: expected decoder layer {self.index} to use cache layer {self.index}, got {own.index}")
+            raise ValueError(f"cache: expected decoder layer {self.index} to use its own cache layer, got {own.index}")
+        for what, new, held in (("keys", own.keys, self._keys), ("values", own.values, self._values)):
+            assert held is not None
+            _expect(what, new, held, torch.Size((rows, held.shape[1], 1, held.shape[3])))
 
     def _reserve(self, length: int) -> None:
         """Make sure that ``length`` tokens have a place that may be written to."""
@@ -340,6 +330,15 @@ class ExitCacheLayer(DynamicLayer):
         new.narrow(2, 0, filled).copy_(part)
         new.narrow(2, filled, capacity - filled).zero_()
         return new
+
+
+def _expect(what: str, new: Tensor, held: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless ``new`` has the shape, and the dtype and device of ``held``."""
+    if new.shape != shape or new.dtype != held.dtype or new.device != held.device:
+        raise ValueError(
+            f"cache: expected {what} of shape {[*shape]} in {held.dtype} on {held.device} to go on with, "
+            f"got {[*new.shape]} in {new.dtype} on {new.device}"
+        )
 
 
 def adopt(cache: Any, depth: int) -> GenerationState | None:

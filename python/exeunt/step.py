@@ -76,12 +76,12 @@ class Step:
 
         Waits for the device once, for that number.
         """
-        running = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
-        _, count, running = ops.compact(go, running)
-        gone = int(count)
+        gone = int(go.sum())
         if gone:
-            leaving = running[:gone]
+            running = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
+            if gone < self.running:
+                _, _, running = ops.compact(go, running)
+            leaving, self.rows, self.running = running[:gone], running[gone:], self.running - gone
             self.depth.index_fill_(0, leaving, layer)
             self.left = leaving if self.left is None else torch.cat((self.left, leaving)).sort().values
-            self.rows, self.running = running[gone:], self.running - gone
         return gone
