@@ -144,7 +144,12 @@ def call(cache, what, arg, draw):
     return cache
 
 
-@given(script=st.lists(calls, max_size=12), batch=st.integers(1, 3), lazy=st.booleans(), limit=st.none() | st.integers(1, 99))
+@given(
+    script=st.lists(calls, max_size=12),
+    batch=st.integers(1, 3),
+    lazy=st.booleans(),
+    limit=st.none() | st.integers(1, 99),
+)
 @settings(deadline=None, max_examples=80)
 def test_behaves_as_the_stock_cache(script, batch, lazy, limit):
     make = (lambda: transformers.DynamicCache()) if lazy else lambda: transformers.DynamicCache(config=CONFIG)
@@ -248,7 +253,11 @@ def test_bad_input_gets_one_sentence_and_writes_nothing():
     one = torch.ones(3, 2, 1, 8)
     for keys, values, message in [
         (one[:1], one[:1], r"keys of shape \[3, 2, 1, 8\] in torch.float32 on cpu to go on with, got \[1, 2, 1, 8\]"),
-        (one, one[..., :4], r"values of shape \[3, 2, 1, 8\] in torch.float32 on cpu to go on with, got \[3, 2, 1, 4\]"),
+        (
+            one,
+            one[..., :4],
+            r"values of shape \[3, 2, 1, 8\] in torch.float32 on cpu to go on with, got \[3, 2, 1, 4\]",
+        ),
         (one, one[:, :, :0], r"values of shape \[3, 2, 1, 8\] .*, got \[3, 2, 0, 8\]"),
         (one.bfloat16(), one, r"keys of shape .* torch.float32 on cpu to go on with, got .* in torch.bfloat16 on cpu"),
         (one, one.double(), r"values of shape .*, got \[3, 2, 1, 8\] in torch.float64 on cpu"),

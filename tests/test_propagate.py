@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="attach needs transformers")
 from transformers import DynamicCache
@@ -190,8 +191,11 @@ def prefilled(model, batch=2):
 def test_lazy_runs_nothing_of_the_layers_that_nobody_needs(model):
     with exeunt.attach(model, recipe_of([1], 0.0, lazy=True)) as early:
         cache = prefilled(model)
+        ran = []
+        handle = model.model.layers[5].input_layernorm.register_forward_hook(lambda *_: ran.append(5))
         manual(model, cache)
-        assert early.report().fill_ins == 0 and cache.layers[5].state.waiting == 6
+        handle.remove()
+        assert not ran and early.report().fill_ins == 0 and cache.layers[5].state.waiting == 6
         assert cache.get_seq_length(5) == 11
         assert cache.layers[3].keys.shape[2] == 11  # reading settles this layer
         assert early.report().fill_ins == 6 * 2 and 3 not in cache.layers[3].state.pending
@@ -222,6 +226,38 @@ def test_what_an_earlier_recipe_left_is_settled_by_it(model):
         outcomes.append([*logits, *manual(model, cache, new=2)])
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the ops that make the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+        self.count += func.overloadpacket.__name__ in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("confidence", ["margin", "saturation"])
+def test_each_exit_point_waits_for_the_device_once(model, confidence, lazy):
+    ids = torch.tensor([[5], [9], [70], [130]])
+
+    def waits():
+        cache = prefilled(model, batch=4)
+        with torch.no_grad(), Synchronisations() as seen:
+            for _ in range(6):
+                model(input_ids=ids, past_key_values=cache)
+        return seen.count
+
+    alone = waits()
+    with exeunt.attach(model, recipe_of([1, 3], THRESHOLDS[confidence], lazy, confidence)) as early:
+        attached = waits()
+    depths = early.report().exit_layers
+    assert len({*torch.stack(depths).flatten().tolist()}) > 1
+    reached = sum(int((d >= e).any()) for d in depths for e in (1, 3))
+    assert 0 < attached - alone <= reached
 
 
 def test_two_generations_take_turns(model):

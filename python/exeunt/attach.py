@@ -1,14 +1,15 @@
 """The plug: puts a recipe on a stock causal language model and takes it off again.
 
 What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding. Beside that a hook
-on the input embedding notes which ids are fed (to see rows end), and ``generate``'s cache gets exeunt's layers.
-Embeddings, masks, rotary tables, norms, products and ``generate`` stay the model's own.
+on the input embedding notes which ids are fed (to see rows end), ``generate``'s cache gets exeunt's layers, and where
+the state strategy is lazy ``generate`` settles that cache before it returns.
+Embeddings, masks, rotary tables, norms, products and the decoding loop stay the model's own.
 
 One decoding step of a batch, seen from above::
 
     layer 0 .. e   all rows        stock forward, unchanged arguments
     exit e         check           score -> rows that leave keep their state and their logits
-    layer e+1 ..   staying rows    stock forward on these rows; rows that left: keys and values only
+    layer e+1 ..   staying rows    stock forward on these rows; rows that left: keys and values only, now or later
     head           staying rows    stock head; rows that left return the logits of their check
 """
 

@@ -293,8 +293,8 @@ class ExitCacheLayer(DynamicLayer):
 
     def _check(self, own: KeyValues, rows: int) -> None:
         """Raise ValueError unless these are this layer's keys and values, one token for each of ``rows``."""
-        if own.index != self.index:
-            raise ValueError(f"cache: expected decoder layer {self.index} to use its own cache layer, got {own.index}")
+        if own.layer != self.index:
+            raise ValueError(f"cache: expected decoder layer {self.index} to use its own cache layer, got {own.layer}")
         for what, new, held in (("keys", own.keys, self._keys), ("values", own.values, self._values)):
             assert held is not None
             _expect(what, new, held, torch.Size((rows, held.shape[1], 1, held.shape[3])))

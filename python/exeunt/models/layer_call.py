@@ -49,13 +49,13 @@ class KeyValues(NamedTuple):
     ----------
     keys, values : Tensor
         As the stock layer computed them.
-    index : int
-        The layer's place in the cache.
+    layer : int
+        Place in the cache of the layer that they are for.
     """
 
     keys: Tensor
     values: Tensor
-    index: int
+    layer: int
 
 
 class LayerCall:

@@ -28,7 +28,8 @@ def expand(rows: Tensor, count: Tensor, compacted: Tensor, into: Tensor) -> Tens
     Examples
     --------
     >>> import torch, exeunt
-    >>> exeunt.reference.expand(torch.tensor([1, 2, 0]), torch.tensor(2), torch.tensor([5, 6, 7]), torch.zeros(3).long())
+    >>> rows, count = torch.tensor([1, 2, 0]), torch.tensor(2)
+    >>> exeunt.reference.expand(rows, count, torch.tensor([5, 6, 7]), torch.tensor([0, 0, 0]))
     tensor([0, 5, 6])
     """
     n = int(count)
