@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -271,6 +272,17 @@ def test_two_generations_take_turns(model):
                 for k in (0, 1):
                     logits = model(input_ids=ids[k][:, t : t + 1], past_key_values=caches[k]).logits
                     assert torch.equal(logits, alone[k][t])
+
+
+def test_two_generations_on_two_threads(model):
+    seeds = [1, 2, 3, 4]
+    with exeunt.attach(model, recipe_of([0, 2, 4], 0.3, lazy=True)):
+        alone = [generate(model, prompts(seed=s), new=24) for s in seeds]
+        with ThreadPoolExecutor(2) as pool:
+            together = list(
+                pool.map(lambda s: model.generate(**prompts(seed=s), max_new_tokens=24, do_sample=False), seeds)
+            )
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_a_cache_with_pending_tokens_dies_with_its_last_reference(model):
