@@ -9,7 +9,6 @@ too, `OMP_NUM_THREADS=1 BENCH_CLOCK=process_time` counts the seconds that the pr
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import os
 import statistics
@@ -58,19 +57,20 @@ def filled_cache(model, batch, length):
     return cache
 
 
-def decoding(model, batch, length=PROMPT):
-    """A function that decodes one more token."""
+def decoding(model, batch, length=PROMPT, tokens=1):
+    """A function that decodes so many more tokens."""
     cache, ids = filled_cache(model, batch, length), torch.full((batch, 1), 7)
 
     def step():
         with torch.inference_mode():
-            model(input_ids=ids, past_key_values=cache)
+            for _ in range(tokens):
+                model(input_ids=ids, past_key_values=cache)
 
     return step
 
 
-def compare(benchmark, group, sides, rounds=ROUNDS, expected=None):
-    """Run the sides in turns; note medians in ms and the second side's speed as a multiple of the first's."""
+def compare(benchmark, group, sides, rounds=ROUNDS, expected=None, tokens=1):
+    """Run the sides in turns; note medians in ms a token and the second side's speed as a multiple of the first's."""
     names, seconds = list(sides), {name: [] for name in sides}
 
     def one_round():
@@ -81,12 +81,12 @@ def compare(benchmark, group, sides, rounds=ROUNDS, expected=None):
         names.reverse()  # neither side always runs on the caches that the other has left
 
     benchmark.group = group
-    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=2, iterations=1)
-    first, second = ([*seconds[name]][2:] for name in sides)
+    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1, iterations=1)
+    first, second = (times[1:] for times in seconds.values())
     speed = statistics.median(a / b for a, b in zip(first, second, strict=True))
     benchmark.extra_info.update(
         case=group, threads=torch.get_num_threads(), clock=CLOCK.__name__, speed=speed, expected=expected,
-        sides={name: statistics.median(times[2:]) * 1e3 for name, times in seconds.items()},
+        sides={name: statistics.median(times[1:]) * 1e3 / tokens for name, times in seconds.items()},
     )  # fmt: skip
 
 
@@ -126,12 +126,11 @@ def test_all_rows_exit(benchmark, models, dtype, batch, layers, lazy):
     """Forced exits: every row passes the softmax margin's check after ``layers`` layers."""
     model, twin = models(dtype)
     recipe = exeunt.recipes.calm([layers - 1], 0.0, lazy=lazy)
-    recipe = dataclasses.replace(recipe, state=Propagate(lazy))
-    rounds = ROUNDS if not lazy else 2 * (Propagate().limit + 1)  # the fill-ins of two full rounds of waiting tokens
+    tokens = Propagate().limit + 1 if lazy else 1  # as many as wait for one another: each run fills in once
     with exeunt.attach(twin, recipe):
-        sides = {"stock": decoding(model, batch), "exeunt": decoding(twin, batch)}
+        sides = {"stock": decoding(model, batch, tokens=tokens), "exeunt": decoding(twin, batch, tokens=tokens)}
         name = f"all leave after {layers} of {LAYERS}, {'lazy' if lazy else 'eager'}, {dtype}, B={batch}"
-        compare(benchmark, name, sides, rounds, expected=bytes_saved(model, layers, lazy))
+        compare(benchmark, name, sides, 3 if lazy else ROUNDS, bytes_saved(model, layers, lazy), tokens)
 
 
 @pytest.mark.parametrize("confidence", ["margin", "saturation"])
@@ -161,4 +160,5 @@ def test_beside_economize(benchmark, models, batch, layers, confidence):
         for handle in handles:
             handle.remove()
         assert layers <= steps / 39 < layers + 1, f"expected the peer to run {layers} layers a step, got {steps / 39}"
-        compare(benchmark, f"under generate, {confidence}, exit after {layers} of {LAYERS}, bf16, B={batch}", sides, 5)
+        name = f"under generate, {confidence}, exit after {layers} of {LAYERS}, bf16, B={batch}"
+        compare(benchmark, name, sides, 5, tokens=40)

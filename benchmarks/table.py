@@ -34,10 +34,8 @@ def pairs(results: dict) -> str:
     """Markdown table of comparisons of two sides that ran in turns, one row a case."""
     first = results["benchmarks"][0]["extra_info"]
     machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
-    lines = [
-        f"{machine}, {first['threads']} threads, medians in ms ({first['clock']}); speed: times the other side's.",
-        "",
-    ]
+    setup = f"{machine}, {first['threads']} threads, medians in ms a token ({first['clock']})"
+    lines = [f"{setup}; speed: times the other side's.", ""]
     lines += ["| case | other side | exeunt | speed | bytes allow |", "|---|---|---|---|---|"]
     for b in results["benchmarks"]:
         info = b["extra_info"]
