@@ -1,6 +1,7 @@
 """Turn the JSON of a benchmark run into the Markdown table that README and docs quote.
 
-`python benchmarks/table.py FILE` prints medians in milliseconds and each peer's time as a multiple of exeunt's.
+`python benchmarks/table.py FILE` prints medians in milliseconds and each peer's time as a multiple of exeunt's; for
+runs that compare two sides in turns (bench_end_to_end.py) the median ratio of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,23 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def pairs(results: dict) -> str:
+    """Markdown table of comparisons of two sides that ran in turns, one row a case."""
+    first = results["benchmarks"][0]["extra_info"]
+    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
+    setup = f"{machine}, {first['threads']} threads, medians in ms a token ({first['clock']})"
+    lines = [f"{setup}; speed: times the other side's.", ""]
+    lines += ["| case | other side | exeunt | speed | bytes allow |", "|---|---|---|---|---|"]
+    for b in results["benchmarks"]:
+        info = b["extra_info"]
+        (name, other), (_, ours) = info["sides"].items()
+        allowed = f"{info['expected']:.2f}x" if info["expected"] else ""
+        lines.append(f"| {info['case']} | {name} {other:.1f} | {ours:.1f} | {info['speed']:.2f}x | {allowed} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
-    print(table(json.loads(parser.parse_args().file.read_text())))
+    results = json.loads(parser.parse_args().file.read_text())
+    print((pairs if "speed" in results["benchmarks"][0]["extra_info"] else table)(results))

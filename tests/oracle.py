@@ -5,6 +5,8 @@ Written without exeunt's attach, states and kernels (it uses the torch reference
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,3 +123,51 @@ class Oracle:
             self.logits.append(logits)
         self.tokens = torch.stack(tokens, 1)
         return self.tokens
+
+
+class RunEverything:
+    """The oracle for a model that somebody else drives (stock generate, a loop): it computes all rows everywhere.
+
+    While the context is open, a single-token forward on a filled cache freezes the state of each row at its exit; the
+    cache stays transformers' own. ``depths`` collects one [B] tensor a step.
+    """
+
+    def __init__(self, model, exits, confidence, threshold):
+        self.model, self.exits, self.confidence, self.threshold = model, exits, confidence, threshold
+        self.depths, self.closest, self.depth = [], float("inf"), None
+
+    def __enter__(self):
+        for i, layer in enumerate(self.model.model.layers):
+            layer.forward = functools.partial(self.layer, i, layer)
+        self.model.lm_head.forward = self.head
+        return self
+
+    def __exit__(self, *exc):
+        for module in (*self.model.model.layers, self.model.lm_head):
+            del module.forward
+
+    def layer(self, i, layer, hidden, *args, **kwargs):
+        if i == 0:
+            decoding = hidden.shape[1] == 1 and kwargs["past_key_values"].get_seq_length() > 0
+            last = len(self.model.model.layers) - 1
+            self.depth, self.kept = (torch.full((len(hidden),), last), {}) if decoding else (None, {})
+        new = type(layer).forward(layer, hidden, *args, **kwargs)
+        if self.depth is None:
+            return new
+        left = self.depth < i
+        new = torch.where(left[:, None, None], hidden, new)
+        if i in self.exits:
+            score = score_of(self.confidence, new[:, 0], hidden[:, 0], self.model)
+            self.closest = min([self.closest, *(score[~left] - self.threshold).abs().tolist()])
+            for row in (~left & (score >= self.threshold)).nonzero().flatten().tolist():
+                self.depth[row] = i
+                self.kept[row] = exit_logits(new[row], self.model)[0]
+        return new
+
+    def head(self, normed):
+        logits = type(self.model.lm_head).forward(self.model.lm_head, normed)
+        if self.depth is not None:
+            for row, own in self.kept.items():
+                logits[row, 0] = own
+            self.depths.append(self.depth)
+        return logits

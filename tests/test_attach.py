@@ -89,7 +89,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_bit_identical_while_nothing_leaves(model, mode, batch, dtype):
@@ -412,8 +412,10 @@ def test_bad_input_gets_one_sentence(model):
         attach(model, calm(heads=heads, threshold=0.5))
     with pytest.raises(ValueError, match="expected exit heads of width 32, got 48"):
         attach(model, calm(heads=trained_like_heads([1], size=48), threshold=0.5))
-    with pytest.raises(ValueError, match=r"margin reads the head, which must be torch.float32 or torch.bfloat16, got"):
-        attach(copy.deepcopy(model).half(), calm([1], 0.5))
+    with pytest.raises(
+        ValueError, match=r"margin reads the head, which must be torch.float32 or .*, got torch.float64"
+    ):
+        attach(copy.deepcopy(model).double(), calm([1], 0.5))
     early = attach(model, calm([1], 0.5))
     with pytest.raises(ValueError, match="a LlamaForCausalLM that has them"):
         attach(model, calm([1], 0.5))

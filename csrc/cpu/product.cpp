@@ -42,12 +42,14 @@ constexpr int64_t kBlock = 2048;                 // bytes of a hidden row per bl
 template <class Put>
 EXEUNT_INLINE void split_planes(const float* row, int64_t width, RowScale& s, Put&& put) {
   float largest = 0.0f;
+  bool finite = true;
   for (int64_t d = 0; d < width; ++d) {
     const float magnitude = row[d] < 0.0f ? -row[d] : row[d];
-    largest = magnitude <= largest ? largest : magnitude;  // NaN stays
+    finite = finite && magnitude < std::numeric_limits<float>::infinity();  // NaN compares false
+    largest = magnitude > largest ? magnitude : largest;
   }
   s = {largest / (127 * 128), 0, 0};
-  if (!(largest < std::numeric_limits<float>::infinity())) {  // the row is flagged: all its products are NaN
+  if (!finite) {  // the row is flagged: all its products are NaN
     s.scale = std::numeric_limits<float>::quiet_NaN();
     return;
   }

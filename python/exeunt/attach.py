@@ -1,20 +1,20 @@
 """The plug: puts a recipe on a stock causal language model and takes it off again.
 
 What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding. Beside that a hook
-on the input embedding notes which ids are fed (to see rows end), and ``generate``'s cache gets exeunt's layers.
-Embeddings, masks, rotary tables, norms, products and ``generate`` stay the model's own.
+on the input embedding notes which ids are fed (to see rows end), ``generate``'s cache gets exeunt's layers, and where
+the state strategy is lazy ``generate`` settles that cache before it returns.
+Embeddings, masks, rotary tables, norms, products and the decoding loop stay the model's own.
 
 One decoding step of a batch, seen from above::
 
     layer 0 .. e   all rows        stock forward, unchanged arguments
     exit e         check           score -> rows that leave keep their state and their logits
-    layer e+1 ..   staying rows    stock forward on these rows; rows that left: keys and values only
+    layer e+1 ..   staying rows    stock forward on these rows; rows that left: keys and values only, now or later
     head           staying rows    stock head; rows that left return the logits of their check
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import threading
@@ -22,7 +22,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,22 @@ from exeunt.recipes import Recipe
 from exeunt.report import Report
 from exeunt.step import Step
 
+if TYPE_CHECKING:
+    from exeunt.cache import ExitCacheLayer, GenerationState
+    from exeunt.heads import ExitHead
+
 __all__ = ["Attached", "attach"]
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _UnderWay(threading.local):
+    """What a thread is in the middle of; a forward stays on its thread."""
+
+    ids: Tensor | None = None  # fed to the input embedding
+    step: Step | None = None
+    full_since: float | None = None
+    cache: weakref.ref[Any] | None = None  # of the running generate
 
 
 def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
@@ -103,12 +116,12 @@ class Attached:
         self, model: Any, recipe: Recipe, calibration: Calibration | str | os.PathLike[str] | None = None
     ) -> None:
         try:
-            from exeunt.cache import adopt  # here, since it imports transformers, which the ops do without
+            from exeunt import cache  # here, since it imports transformers, which the ops do without
         except ImportError as missing:
             raise ImportError("attach needs transformers: pip install exeunt[hf]") from missing
         if model in _attached:
             raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
-        self._adopt = adopt
+        self._cache = cache
         self.structure: Structure = discover(model)
         if calibration is not None:
             if not isinstance(calibration, Calibration):
@@ -116,8 +129,9 @@ class Attached:
             recipe = calibration.apply(model, recipe)
         self.model, self.recipe, self.calibration = model, recipe, calibration
         self.depth = len(self.structure.layers)
+        self._heads = {e: recipe.head(e) for e in recipe.exits}
         self._check_recipe()
-        self._local = threading.local()  # the step under way; a forward stays on its thread
+        self._local = _UnderWay()
         self._spare: Tensor | None = None  # a logits buffer that no caller holds
         self._undo: list[Callable[[], None]] = []
         self.reset_report()
@@ -162,8 +176,7 @@ class Attached:
             raise ValueError(
                 f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
             )
-        for e in self.recipe.exits:
-            own = self.recipe.head(e)
+        for e, own in self._heads.items():
             for part in (own.translator, own.probe):
                 if part is None:
                     continue
@@ -181,9 +194,8 @@ class Attached:
     def _install(self) -> None:
         s = self.structure
         for i, layer in enumerate(s.layers):
-            names = [n for n in inspect.signature(layer.forward).parameters][1:]
-            self._replace(layer, functools.partial(self._layer, i, names))
-        self._replace(s.head, self._head)
+            self._set(layer, "forward", types.MethodType(self._layer(i, layer), layer))
+        self._set(s.head, "forward", types.MethodType(self._head(s.head), s.head))
 
         def note_ids(module: nn.Module, args: tuple[Any, ...]) -> None:
             if module is embedding and args:
@@ -200,8 +212,10 @@ class Attached:
             result = prepare(config, kwargs, *args, **named)
             config.disable_compile = True  # generate's own copy; exits depend on data
             cache: Any = kwargs.get(CACHE_KEYWORD)
-            state = self._adopt(cache)
+            state = self._cache.adopt(cache, self.depth)
             if state is not None:
+                self._settle(cache)
+                self._local.cache = weakref.ref(cache)
                 state.begin_prompt(int(cache.get_seq_length()))
                 mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
                 state.full_depth = "assisted" in mode
@@ -210,6 +224,19 @@ class Attached:
             return result
 
         self._set(self.model, "_prepare_cache_for_generation", types.MethodType(prepare_cache, self.model))
+        stock_generate = self.model.generate
+
+        def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if model is not self.model:
+                return type(model).generate(model, *args, **kwargs)
+            try:
+                return stock_generate(*args, **kwargs)
+            finally:  # nothing pending outlives the generation, unless its cache is gone as well
+                cache, self._local.cache = self._local.cache, None
+                self._settle(cache() if cache is not None else None)
+
+        if self.recipe.state.lazy:
+            self._set(self.model, "generate", types.MethodType(generate, self.model))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, to be undone."""
@@ -224,106 +251,120 @@ class Attached:
         setattr(owner, name, value)
         self._undo.append(undo)
 
-    def _replace(self, module: Any, replacement: Callable[..., Any]) -> None:
-        """Put ``replacement(stock forward, *args, **kwargs)`` in the place of one instance's forward."""
-        stock = module.forward
-
-        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is not module:  # a deep copy of the model: it runs as if nothing were attached
-                return type(this).forward(this, *args, **kwargs)
-            return replacement(stock, *args, **kwargs)
-
-        self._set(module, "forward", types.MethodType(forward, module))
-
     # ---- a forward of the model
 
-    def _begin(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _begin(self, hidden: Tensor, arguments: dict[str, Any]) -> Step | None:
         """At layer 0: find out whether this forward is a decoding step, and set it up."""
-        ids, self._local.ids = getattr(self._local, "ids", None), None
-        self._local.step = None
-        self._local.full_since = time.perf_counter()
+        local = self._local
+        ids, local.ids, local.step = local.ids, None, None
+        local.full_since = time.perf_counter()
         cache = arguments.get(CACHE_KEYWORD)
         if cache is None or not arguments.get("use_cache", True):
-            return
+            return None
         batch, count = hidden.shape[:2]
         length = int(cache.get_seq_length())
-        state = self._adopt(cache)
+        state = self._cache.adopt(cache, self.depth)
         if state is None:
             self._report.unsupported_caches += int(count == 1 and length > 0)
-            return
+            return None
+        self._claim(state, cache)
         if count != 1 or length == 0:
             state.begin_prompt(length + count)
-            return
+            return None
         if state.full_depth:
-            return
+            return None
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
-        self._local.step = Step(batch, self.depth - 1, state, length, hidden.device)
+        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device)
+        return local.step
 
-    def _layer(
-        self, i: int, names: list[str], stock: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Decoder layer i as the stock model calls it."""
-        kwargs.update(zip(names, args, strict=False))
-        if i == 0:
-            self._begin(hidden, kwargs)
-        step: Step | None = getattr(self._local, "step", None)
-        if step is None:
-            return stock(hidden, **kwargs)
-        if step.running == step.batch:
-            out = stock(hidden, **kwargs)
-            after = out[0] if isinstance(out, tuple) else out
-        else:
-            after = out = self._ragged(LayerCall(stock, hidden, kwargs, step.take), step)
-        self._report.layer_rows += step.running
-        if i in self.recipe.exits and step.running:
-            self._check(i, step, hidden, after)
-        step.hidden = after
-        return out
+    def _claim(self, state: GenerationState, cache: Any) -> None:
+        """From here on this recipe fills the cache; what an earlier one left pending is settled first."""
+        if state.fill == self._fill:
+            return
+        owner = state.owner() if state.owner is not None else None
+        if owner is not None and owner is not self.model:
+            raise ValueError(
+                f"cache: expected one that this {type(self.model).__name__} filled, "
+                f"got one of another {type(owner).__name__}"
+            )
+        self._settle(cache)
+        state.fill, state.owner = self._fill, weakref.ref(self.model)
 
-    def _ragged(self, call: LayerCall, step: Step) -> Tensor:
-        """One layer of which some rows run, those that left only leave keys and values, and ended ones zeros."""
-        filled = None
+    def _layer(self, i: int, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of decoder layer i."""
+        stock, local = module.forward, self._local
+        names = [name for name in inspect.signature(stock).parameters][1:]
+        checks = i in self.recipe.exits
+
+        def forward(this: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:  # a deep copy of the model: it runs as if nothing were attached
+                return type(this).forward(this, hidden, *args, **kwargs)
+            if args:
+                kwargs.update(zip(names, args, strict=False))
+            step = self._begin(hidden, kwargs) if i == 0 else local.step
+            if step is None:
+                return stock(hidden, **kwargs)
+            if step.running == step.batch:
+                out = stock(hidden, **kwargs)
+                after = out[0] if isinstance(out, tuple) else out
+            else:
+                after = out = self._ragged(i, LayerCall(stock, hidden, kwargs, step.take, step.seen), step)
+                if not step.running:
+                    return out
+            self._report.layer_rows += step.running
+            if checks:
+                self._check(i, step, hidden, after)
+            step.hidden = after
+            return out
+
+        return forward
+
+    def _ragged(self, i: int, call: LayerCall, step: Step) -> Tensor:
+        """One layer of which some rows run; those that left owe it keys and values, and ended ones leave zeros."""
+        layer: ExitCacheLayer = step.cache.layers[i]
+        after = call.hidden
+        if step.running:
+            rows = step.rows
+            assert rows is not None
+            after = after.index_copy(0, rows, call.pick(rows).run(lambda own: layer.append(own, rows)))
         if step.left is not None:
-            filled = self.recipe.state.fill(call, step.left if step.left.numel() < step.batch else None)
-            self._report.fill_ins += int(step.left.numel())
-
-        def attend(own: KeyValues) -> tuple[Tensor, Tensor]:
-            whole = (own.keys.new_zeros(step.batch, *own.keys.shape[1:]),
-                     own.values.new_zeros(step.batch, *own.values.shape[1:]))  # fmt: skip
-            for kv, rows in ((own, step.rows), (filled, step.left)):
-                if kv is not None:
-                    whole[0][rows], whole[1][rows] = kv.keys, kv.values
-            keys, values = own.store(*whole)
-            return keys[step.rows], values[step.rows]
-
-        if step.rows is None or not step.running:  # nobody runs, so somebody left: `ended` alone never empties a step
-            assert filled is not None
-            attend(KeyValues(filled.keys[:0], filled.values[:0], filled.store))
-            return call.hidden
-        after = call.hidden.clone()
-        after[step.rows] = call.run(step.rows, attend)
+            layer.owe(step.token, call, step.left)
+            if not self.recipe.state.lazy:
+                layer.settle()
         return after
+
+    def _fill(self, skipped: list[tuple[LayerCall, Tensor]]) -> KeyValues:
+        """Keys and values of a skipped layer: the state strategy's, counted."""
+        self._report.fill_ins += sum(len(rows) for _, rows in skipped)
+        return self.recipe.state.fill(skipped)
+
+    def _settle(self, cache: Any) -> None:
+        """Write all that is pending in a cache."""
+        for layer in getattr(cache, "layers", ()):
+            if isinstance(layer, self._cache.ExitCacheLayer):
+                layer.settle()
 
     # ---- exit points and logits
 
     @torch.no_grad()
     def _check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
         """Score the running rows after layer i and let those go that the policy releases."""
-        own = self.recipe.head(i)
+        own = self._heads[i]
         hidden, previous = after[:, 0], before[:, 0]
-        if step.rows is not None:
-            hidden, previous = hidden[step.rows], previous[step.rows]
         stats = None
         if self.recipe.confidence.reads_head:
-            state = own.state(hidden)
-            if step.rows is not None:  # the op takes a row list, so that logits land at the rows of the batch
-                full = state.new_zeros(step.batch, state.shape[1])
-                full[step.rows] = state
-                state = full
-            stats = self._head_stats(state, step)
+            stats = self._head_stats(self._exit_state(own, hidden, step), step)
+        if step.rows is not None:
+            hidden, previous = hidden[step.rows], previous[step.rows]
         scores = self.recipe.confidence.score(ExitPoint(hidden, previous, own, stats))
         if step.leave(self.recipe.policy.exits(scores, step.position), i):
             step.state.exited = True
+
+    def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
+        """[B, D] states that go into the last norm; of the running rows only they matter."""
+        if own.translator is None or step.rows is None:
+            return own.state(hidden)
+        return hidden.index_copy(0, step.rows, own.state(hidden[step.rows]))
 
     def _head_stats(self, state: Tensor, step: Step) -> Any:
         """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
@@ -355,17 +396,23 @@ class Attached:
             logits_out=step.logits,
         )
 
-    def _head(self, stock: Callable[..., Any], normed: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Output embedding as the stock model calls it, after its final norm."""
-        step: Step | None = getattr(self._local, "step", None)
-        self._local.step = None
-        if step is None or normed.shape[:2] != (step.batch, 1):
-            out = stock(normed, *args, **kwargs)
-            self._count_full()
+    def _head(self, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of the output embedding, called after the final norm."""
+        stock, local = module.forward, self._local
+
+        def forward(this: Any, normed: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:
+                return type(this).forward(this, normed, *args, **kwargs)
+            step, local.step = local.step, None
+            if step is None or normed.shape[:2] != (step.batch, 1):
+                out = stock(normed, *args, **kwargs)
+                self._count_full()
+                return out
+            out = self._logits(stock, normed, step)
+            self._count(step)
             return out
-        out = self._logits(stock, normed, step)
-        self._count(step)
-        return out
+
+        return forward
 
     def _logits(self, stock: Callable[..., Any], normed: Tensor, step: Step) -> Tensor:
         """Logits [B, 1, V]: of the check for rows that left at one, of the stock head for the others."""
@@ -390,9 +437,8 @@ class Attached:
     def _translate(self, normed: Tensor, step: Step) -> Tensor:
         """Normed states with those of rows that left without reading the head taken through their exit's translator."""
         assert step.left is not None and step.hidden is not None
-        for layer in self.recipe.exits:
+        for layer, own in self._heads.items():
             rows = step.left[step.depth[step.left] == layer]
-            own = self.recipe.head(layer)
             if rows.numel() and own.translator is not None:
                 normed = normed.index_copy(0, rows, self.structure.normalise(own.state(step.hidden[rows])))
         return normed
@@ -400,14 +446,15 @@ class Attached:
     # ---- counting
 
     def _count_full(self) -> None:
-        since = getattr(self._local, "full_since", None)
+        since, self._local.full_since = self._local.full_since, None
         if since is not None:
-            self._local.full_since = None
             self._report.full_forwards += 1
             self._report.forward_seconds += time.perf_counter() - since
 
     def _count(self, step: Step) -> None:
         self._local.full_since = None
+        if step.state.waiting > self.recipe.state.limit:
+            self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch
         self._report.exit_layers.append(step.depth.cpu())

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from exeunt.models import KeyValues, LayerCall
 from exeunt.policies import Position
 
-__all__ = ["ExitCacheLayer", "GenerationState", "adopt"]
+__all__ = ["ExitCacheLayer", "GenerationState", "Skipped", "Token", "adopt"]
+
+
+@dataclass(eq=False)
+class Token:
+    """A token of the batch whose rows skipped layers.
+
+    Attributes
+    ----------
+    slot : int
+        Its place in the cache.
+    origin : Tensor or None
+        [B] int64: the row of the decoding step that each row of the cache comes from; None while rows have not moved.
+    """
+
+    slot: int
+    origin: Tensor | None = None
+
+    def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the step's ``rows`` [n]: where they are in the cache now, and which row of the step each of these was."""
+        if self.origin is None:
+            return rows, rows
+        now = torch.isin(self.origin, rows).nonzero().flatten()
+        return now, self.origin[now]
+
+
+class Skipped(NamedTuple):
+    """A layer that owes its cache keys and values: for ``token``, in the step's ``rows``, as ``call`` gives them."""
+
+    token: Token
+    call: LayerCall
+    rows: Tensor
 
 
 @dataclass
@@ -33,6 +67,13 @@ class GenerationState:
         bit: rows that have ended stay in the batch too, since products round differently in a smaller one.
     finished : Tensor or None
         [B] bool, rows that were fed one of ``stop_ids``.
+    pending : dict
+        By cache layer: what it still owes. The layer settles it before anything reads its keys and values.
+    fill : callable or None
+        ``fill([(call, rows), ...]) -> KeyValues``: the state strategy's keys and values of one layer, flat over all
+        the rows of all the calls.
+    owner : weakref or None
+        The model that fills the cache.
     """
 
     stop_ids: Tensor | None = None
@@ -41,6 +82,9 @@ class GenerationState:
     prompt_length: int = 0
     exited: bool = False
     finished: Tensor | None = None
+    pending: dict[int, list[Skipped]] = field(default_factory=dict)
+    fill: Callable[[list[tuple[LayerCall, Tensor]]], KeyValues] | None = None
+    owner: weakref.ref[Any] | None = None
 
     def begin_prompt(self, length: int) -> None:
         """A forward of several tokens ends with ``length`` tokens in the cache."""
@@ -58,48 +102,246 @@ class GenerationState:
         limit = None if self.max_length is None else max(self.max_length - self.prompt_length, 1)
         return Position(length - self.prompt_length + 1, limit)
 
+    @property
+    def waiting(self) -> int:
+        """Tokens that some layer still owes keys and values for."""
+        return max(map(len, self.pending.values()), default=0)
+
+    def pick(self, rows: Tensor) -> None:
+        """The cache's row b becomes what row ``rows[b]`` was."""
+        if self.finished is not None:
+            self.finished = self.finished[rows.to(self.finished.device)]
+        for token in {skipped.token for owed in self.pending.values() for skipped in owed}:
+            token.origin = rows if token.origin is None else token.origin[rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State of a copy: whoever continues it says anew for which model, and how layers are filled in."""
+        return {**vars(self), "pending": {}, "fill": None, "owner": None}
+
 
 class ExitCacheLayer(DynamicLayer):
-    """A growing cache layer; the first one of a cache also carries the :class:`GenerationState`.
+    """A cache layer that appends in place, row by row where rows leave at different depths.
+
+    Stands in for transformers' ``DynamicLayer``: ``keys`` and ``values`` read as [B, Hkv, length, Dh] tensors that
+    later tokens do not change. Behind them lies room for more tokens (half as many again, at least 64, no more than
+    the generation can need), so that a step writes one token where concatenation copies them all.
+
+    Attributes
+    ----------
+    length : int
+        Tokens in the layer.
+    state : GenerationState or None
+        Of the generation; the layers of a cache share it.
+    index : int
+        Place of the layer in its cache.
 
     Examples
     --------
-    >>> from transformers import DynamicCache
-    >>> cache = DynamicCache()
-    >>> adopt(cache).prompt_length
-    0
+    >>> import torch
+    >>> layer = ExitCacheLayer()
+    >>> for _ in range(3):
+    ...     keys, values = layer.update(torch.ones(2, 4, 1, 8), torch.ones(2, 4, 1, 8))
+    >>> keys.shape, layer.get_seq_length()
+    (torch.Size([2, 4, 3, 8]), 3)
     """
 
+    # Defaults for the time before __init__ and adopt have run.
     state: GenerationState | None = None
+    index = 0
+    length = 0
+    _keys: Tensor | None = None  # [B, Hkv, capacity, Dh], zero from `length` on if our own
+    _values: Tensor | None = None
+    _own = False  # allocated here: nobody else writes to it, and there may be room behind `length`
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Beams swap rows: the state's rows go along."""
-        super().reorder_cache(beam_idx)
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, length, Dh] keys, None before the first token."""
+        self.settle()
+        return self._visible(self._keys)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._replace(value, self.values)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, length, Dv] values, None before the first token."""
+        self.settle()
+        return self._visible(self._values)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._replace(self.keys, value)
+
+    # ---- what transformers asks of a layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Take dtype, device and shapes from the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        value_states = key_states if value_states is None else value_states
+        self._replace(key_states.detach()[:, :, :0], value_states.detach()[:, :, :0])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, Hkv, T, Dh] keys and values; return all of them.
+
+        Raises
+        ------
+        ValueError
+            For another batch, head count, head size or dtype than the layer holds.
+        """
+        if not self.length:
+            self.lazy_initialization(key_states, value_states)
+        state = self.state
+        if state is not None and state.pending:
+            self.settle()
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)  # autograd is for tensors, not for room
+        start, count = self.length, key_states.shape[2]
+        self._reserve(start + count)
+        assert self._keys is not None and self._values is not None
+        keys, values = self._keys.narrow(2, start, count), self._values.narrow(2, start, count)
+        _expect("keys", key_states, keys, keys.shape)
+        _expect("values", value_states, values, values.shape)
+        keys.copy_(key_states)
+        values.copy_(value_states)
+        self.length = end = start + count
+        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
+
+    def get_seq_length(self) -> int:
+        """Tokens in the layer, those included that it still owes keys and values for."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row ``beam_idx[b]`` was."""
         self._pick(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        super().batch_select_indices(indices)
-        self._pick(indices)
+        if self._keys is not None:
+            self._pick(torch.arange(self._keys.shape[0], device=self._keys.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        super().batch_repeat_interleave(repeats)
-        if self.state is not None and self.state.finished is not None:
-            self.state.finished = self.state.finished.repeat_interleave(repeats, dim=0)
+        if self._keys is not None:
+            self._pick(torch.arange(self._keys.shape[0], device=self._keys.device).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget keys, values and the generation."""
-        super().reset()
         if self.state is not None:
+            self.state.pending.pop(self.index, None)
+        super().reset()
+        if self.state is not None and self.index == 0:
             self.state.begin_prompt(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts from: nothing pending, and no room that two layers could both write to."""
+        return {**vars(self), "_keys": self.keys, "_values": self.values, "_own": False}
+
+    # ---- what a decoding step asks of it
+
+    @torch.no_grad()
+    def append(self, own: KeyValues, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one token for ``rows`` [n] only; the other rows' places are left zero.
+
+        Returns all the keys and values of these rows, [n, Hkv, length, Dh].
+        """
+        self.settle()
+        self._reserve(self.length + 1)
+        self._check(own, len(rows))
+        assert self._keys is not None and self._values is not None
+        self._keys.select(2, self.length).index_copy_(0, rows, own.keys[:, :, 0])
+        self._values.select(2, self.length).index_copy_(0, rows, own.values[:, :, 0])
+        self.length += 1
+        keys, values = (t.narrow(2, 0, self.length).index_select(0, rows) for t in (self._keys, self._values))
+        return keys, values
+
+    def owe(self, token: Token, call: LayerCall, rows: Tensor) -> None:
+        """``rows`` [n] of a token skip this layer: :meth:`settle` will write their keys and values."""
+        assert self.state is not None
+        self.state.pending.setdefault(self.index, []).append(Skipped(token, call, rows))
+        self.length = token.slot + 1
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Write the keys and values that this layer owes, for all tokens at once."""
+        if self.state is None or self.index not in self.state.pending:
+            return
+        owed = self.state.pending[self.index]
+        self._reserve(self.length)
+        assert self._keys is not None and self._values is not None and self.state.fill is not None
+        located = [(token.slot, call, *token.locate(rows)) for token, call, rows in owed]
+        if any(now.numel() for _, _, now, _ in located):
+            filled = self.state.fill([(call, then) for _, call, _, then in located])
+            slots = torch.cat([torch.full_like(now, slot) for slot, _, now, _ in located])
+            rows = torch.cat([now for _, _, now, _ in located])
+            self._check(filled, len(rows))
+            self._keys[rows, :, slots] = filled.keys[:, :, 0]
+            self._values[rows, :, slots] = filled.values[:, :, 0]
+        del self.state.pending[self.index]
+
+    # ---- storage
+
+    def _visible(self, held: Tensor | None) -> Tensor | None:
+        return held.narrow(2, 0, self.length) if held is not None and self._own else held
+
+    def _replace(self, keys: Tensor | None, values: Tensor | None) -> None:
+        """Hold tensors that somebody else may hold too."""
+        self._own = False
+        self._keys, self._values = keys, values
+        self.length = 0 if keys is None or keys.dim() < 4 else keys.shape[2]
+
+    def _check(self, own: KeyValues, rows: int) -> None:
+        """Raise ValueError unless these are this layer's keys and values, one token for each of ``rows``."""
+        if own.layer != self.index:
+            raise ValueError(f"cache: expected decoder layer {self.index} to use its own cache layer, got {own.layer}")
+        for what, new, held in (("keys", own.keys, self._keys), ("values", own.values, self._values)):
+            assert held is not None
+            _expect(what, new, held, torch.Size((rows, held.shape[1], 1, held.shape[3])))
+
+    def _reserve(self, length: int) -> None:
+        """Make sure that ``length`` tokens have a place that may be written to."""
+        held = self._keys
+        assert held is not None
+        if self._own and length <= held.shape[2] and (not held.is_inference() or torch.is_inference_mode_enabled()):
+            return
+        limit = self.state.max_length if self.state is not None else None
+        capacity = length + max(length // 2, 64)
+        self._move(None, min(capacity, limit) if limit is not None and limit >= length else capacity)
+
     def _pick(self, rows: Tensor) -> None:
-        if self.state is not None and self.state.finished is not None:
-            self.state.finished = self.state.finished[rows.to(self.state.finished.device)]
+        if self.state is not None and self.index == 0:
+            self.state.pick(rows)
+        if self._keys is not None and self.length:
+            self._move(rows.to(self._keys.device), self._keys.shape[2])
+
+    def _move(self, rows: Tensor | None, capacity: int) -> None:
+        """Copy what is held (of ``rows``, in that order) to tensors with room for ``capacity`` tokens."""
+        self._keys, self._values = (self._moved(t, rows, capacity) for t in (self._keys, self._values))
+        self._own = True
+
+    def _moved(self, held: Tensor | None, rows: Tensor | None, capacity: int) -> Tensor:
+        assert held is not None
+        filled = min(held.shape[2], self.length)
+        part = held.narrow(2, 0, filled)
+        if rows is not None:
+            part = part.index_select(0, rows)
+        new = held.new_empty(part.shape[0], held.shape[1], capacity, held.shape[3])
+        new.narrow(2, 0, filled).copy_(part)
+        new.narrow(2, filled, capacity - filled).zero_()
+        return new
 
 
-def adopt(cache: Any) -> GenerationState | None:
+def _expect(what: str, new: Tensor, held: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless ``new`` has the shape, and the dtype and device of ``held``."""
+    if new.shape != shape or new.dtype != held.dtype or new.device != held.device:
+        raise ValueError(
+            f"cache: expected {what} of shape {[*shape]} in {held.dtype} on {held.device} to go on with, "
+            f"got {[*new.shape]} in {new.dtype} on {new.device}"
+        )
+
+
+def adopt(cache: Any, depth: int) -> GenerationState | None:
     """Give a stock ``DynamicCache`` layers that carry the generation's state; return that state.
 
     A cache that has been adopted before keeps its state. Keys and values that it holds stay where they are.
@@ -108,27 +350,41 @@ def adopt(cache: Any) -> GenerationState | None:
     ----------
     cache : transformers.Cache or None
         The cache of a generation.
+    depth : int
+        Decoder layers of the model.
 
     Returns
     -------
     GenerationState or None
         None for another kind of cache (static, sliding, quantised, offloaded), which then runs at full depth.
+
+    Raises
+    ------
+    ValueError
+        For a cache with fewer layers than the model.
+
+    Examples
+    --------
+    >>> from transformers import DynamicCache
+    >>> adopt(DynamicCache(), 4).prompt_length
+    0
     """
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", False):
         return None
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # layers appear as they are first used
-        cache.layer_class_to_replicate = ExitCacheLayer
-        if not layers:
-            layers.append(ExitCacheLayer())
-    if not layers:
-        return None
-    first = layers[0]
-    if isinstance(first, ExitCacheLayer) and first.state is not None:
-        return first.state
+    if len(layers) >= depth and type(layers[0]) is ExitCacheLayer and layers[0].state is not None:
+        return layers[0].state
     if any(type(layer) not in (DynamicLayer, ExitCacheLayer) for layer in layers):
         return None
-    for layer in layers:
-        layer.__class__ = ExitCacheLayer
-    first.state = GenerationState(prompt_length=int(first.get_seq_length()))
-    return first.state
+    if len(layers) < depth:
+        if getattr(cache, "layer_class_to_replicate", None) is not DynamicLayer:
+            raise ValueError(f"cache: expected {depth} layers like the model's, got {len(layers)}")
+        layers.extend(ExitCacheLayer() for _ in range(depth - len(layers)))  # they would appear as they are first used
+    state = GenerationState(prompt_length=int(layers[0].get_seq_length()))
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            keys, values = vars(layer).pop("keys"), vars(layer).pop("values")
+            layer.__class__ = ExitCacheLayer
+            layer.keys, layer.values = keys, values
+        layer.state, layer.index = state, index
+    return state

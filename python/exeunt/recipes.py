@@ -63,6 +63,7 @@ def calm(
     decay: float | None = None,
     length: int | None = None,
     heads: ExitHeads | None = None,
+    lazy: bool = False,
 ) -> Recipe:
     """Confident Adaptive Language Modeling (Schuster et al., NeurIPS 2022).
 
@@ -84,6 +85,8 @@ def calm(
         N of the decay; by default the most new tokens that ``generate`` allows.
     heads : ExitHeads, optional
         Trained exit heads.
+    lazy : bool, default False
+        Fill in skipped layers only when a later token attends there (:class:`exeunt.states.Propagate`).
 
     Returns
     -------
@@ -101,4 +104,4 @@ def calm(
             raise ValueError("calm: give exits, or heads that have them, got neither")
         exits = heads
     policy = Threshold(threshold, None if decay is None else Decay(decay, length))
-    return Recipe(tuple(sorted(exits)), measure(confidence), policy, Propagate(), heads)
+    return Recipe(tuple(sorted(exits)), measure(confidence), policy, Propagate(lazy), heads)

@@ -18,26 +18,41 @@ class Propagate:
     Keys and values come from the stock layer's own norm, projections and rotary embedding, applied to the exit
     state; attention and MLP of the layer are not run for that row (Schuster et al. 2022, section 3.2).
 
+    Parameters
+    ----------
+    lazy : bool, default False
+        Wait until a later token attends at the layer, and fill in all the tokens that wait there in one product: the
+        layer's weights are read once for them all, and not at all if no token ever comes. The same keys and values
+        as with False, up to the rounding of products of another height.
+    limit : int, default 32
+        Tokens of a row that may wait; one more and all are filled in.
+
     Examples
     --------
     >>> import exeunt
     >>> exeunt.recipes.calm(exits=[4], threshold=0.9).state
-    Propagate()
+    Propagate(lazy=False, limit=32)
     """
 
-    def fill(self, call: LayerCall, rows: Tensor | None) -> KeyValues:
-        """Keys and values of a skipped layer for rows that have left.
+    lazy: bool = False
+    limit: int = 32
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"Propagate: limit must be at least 1, got {self.limit}")
+
+    def fill(self, skipped: list[tuple[LayerCall, Tensor]]) -> KeyValues:
+        """Keys and values of a skipped layer.
 
         Parameters
         ----------
-        call : LayerCall
-            The stock layer with this step's arguments; its hidden rows hold the exit states.
-        rows : Tensor or None
-            [n] indices of the rows, None for all of the batch.
+        skipped : list of (LayerCall, Tensor)
+            Calls of one stock layer, one a token, whose hidden rows hold the exit states; and of each the [n_i]
+            indices of the rows to fill in.
 
         Returns
         -------
         KeyValues
-            Keys and values, each [n, Hkv, 1, Dh].
+            Keys and values, each [n, Hkv, 1, Dh] with n the sum of the n_i, in the order of the list.
         """
-        return call.capture(rows)
+        return LayerCall.join(skipped).capture()

@@ -33,8 +33,8 @@ class ExitStats(NamedTuple):
     target : Tensor, optional
         [N] float, the logit of an asked id; None unless asked for, as the following.
     topk_logits, topk_ids : Tensor, optional
-        [N, k] float and int64, the k largest logits, largest first, ties by the lowest index; where fewer are finite the
-        rest are -inf and -1.
+        [N, k] float and int64, the k largest logits, largest first, ties by the lowest index; where fewer are
+        finite the rest are -inf and -1.
     sample : Tensor, optional
         [N] int64, a draw from the row's softmax.
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from exeunt.models.layer_call import RowTaker
+from exeunt import ops
+from exeunt.models import RowTaker, stand_in
 from exeunt.report import FINISHED
 
 if TYPE_CHECKING:
-    from exeunt.cache import GenerationState
+    from exeunt.cache import GenerationState, Token
 
 __all__ = ["Step"]
 
@@ -31,38 +33,55 @@ class Step:
         Index of the last layer.
     state : GenerationState
         Of the generation that takes the step; rows that have ended are set aside once a token of it has left early.
+    cache : transformers.Cache
+        Its cache.
     length : int
-        Tokens in its cache.
+        Tokens in the cache: the place of this step's token.
     device : torch.device
         Where the row indices live.
     """
 
-    def __init__(self, batch: int, depth: int, state: GenerationState, length: int, device: torch.device) -> None:
-        self.batch, self.state, self.position = batch, state, state.position(length)
+    def __init__(
+        self, batch: int, depth: int, state: GenerationState, cache: Any, length: int, device: torch.device
+    ) -> None:
+        self.batch, self.state, self.cache, self.length = batch, state, cache, length
+        self.position = state.position(length)
         self.take = RowTaker(batch)
         self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
         self.running = batch
         self.rows: Tensor | None = None
         self.left: Tensor | None = None
         self.ended: Tensor | None = None
-        self.logits: Tensor | None = (
-            None  # [B, V] once a check has written logits: then every row that left has its own
-        )
+        self.logits: Tensor | None = None  # [B, V] once a check wrote some: then every row that left has its own
         self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
         self.started = time.perf_counter()
         if state.exited and state.finished is not None and not bool(state.finished.all()):
             self.leave(state.finished, FINISHED)
             self.ended, self.left = self.left, None
 
+    @cached_property
+    def token(self) -> Token:
+        """This step's token, as the layers that rows of it skip remember it."""
+        from exeunt.cache import Token  # here, since it imports transformers
+
+        return Token(self.length)
+
+    @cached_property
+    def seen(self) -> Any:
+        """What layers see as the cache where they run for some rows only."""
+        return stand_in(self.cache, self.length)
+
     def leave(self, go: Tensor, layer: int) -> int:
-        """Rows where ``go`` (one bool for each running row) is True stop running; returns how many."""
-        stay = (~go).nonzero().flatten()
-        gone = go.nonzero().flatten()
-        if gone.numel() == 0:
-            return 0
-        rows = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
-        leaving = rows[gone]
-        self.depth[leaving] = layer
-        self.left = leaving if self.left is None else torch.cat((self.left, leaving)).sort().values
-        self.rows, self.running = rows[stay], int(stay.numel())
-        return int(gone.numel())
+        """Rows where ``go`` (one bool for each running row) is True stop running; returns how many.
+
+        Waits for the device once, for that number.
+        """
+        gone = int(go.sum())
+        if gone:
+            running = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
+            if gone < self.running:
+                _, _, running = ops.compact(go, running)
+            leaving, self.rows, self.running = running[:gone], running[gone:], self.running - gone
+            self.depth.index_fill_(0, leaving, layer)
+            self.left = leaving if self.left is None else torch.cat((self.left, leaving)).sort().values
+        return gone

@@ -57,26 +57,57 @@ def test_a_model_without_decoder_layers_is_refused():
             models.discover(bad)
 
 
-def test_capture_gives_the_layers_own_keys_and_values_and_runs_nothing_else():
-    model = tiny_llama(layers=2)
-    layer, seen = model.model.layers[0], []
-    handle = layer.mlp.register_forward_pre_hook(lambda m, a: seen.append(a))
-    cache = transformers.DynamicCache()
-    hidden = torch.randn(3, 1, 32)
-    positions = torch.tensor([[4], [7], [9]])
+def call_of(model, positions, length, hidden=None):
+    """Layer 0 about to decode one token at [B, 1] or [1, 1] positions of a cache of that length; its arguments."""
+    hidden = torch.randn(3, 1, 32) if hidden is None else hidden
     rotary = model.model.rotary_emb(hidden, position_ids=positions)
-    arguments = dict(attention_mask=None, position_embeddings=rotary, past_key_values=cache)
-    call = models.LayerCall(layer.forward, hidden, arguments, RowTaker(3))
+    mask = torch.ones(3, 1, 1, length + 1, dtype=torch.bool)
+    arguments = dict(attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+    seen = models.stand_in(transformers.DynamicCache(), length)
+    return models.LayerCall(model.model.layers[0].forward, hidden, dict(arguments), RowTaker(3), seen), arguments
+
+
+def stock_keys_and_values(model, call, arguments):
+    cache = transformers.DynamicCache()
+    model.model.layers[0](call.hidden, **{**arguments, "attention_mask": None}, past_key_values=cache)
+    return cache.layers[0].keys, cache.layers[0].values
+
+
+def test_capture_gives_the_layers_own_keys_and_values_and_runs_nothing_else():
+    model, seen = tiny_llama(layers=2), []
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda m, a: seen.append(a))
+    call, arguments = call_of(model, torch.tensor([[4], [7], [9]]), 9)
     rows = torch.tensor([2, 0])
-    got = call.capture(rows)
-    assert not seen and cache.get_seq_length() == 0
-    layer(hidden, **arguments)
+    some, whole = call.pick(rows).capture(), call.capture()
     handle.remove()
-    torch.testing.assert_close(got.keys, cache.layers[0].keys[rows])
-    torch.testing.assert_close(got.values, cache.layers[0].values[rows])
-    whole = call.capture(None)
-    whole.store(whole.keys, whole.values)  # writes to the cache in the layer's name
-    assert torch.equal(cache.layers[0].keys[:, :, 1], cache.layers[0].keys[:, :, 0])
+    assert not seen and some.layer == whole.layer == 0
+    keys, values = stock_keys_and_values(model, call, arguments)
+    assert torch.equal(whole.keys, keys) and torch.equal(whole.values, values)
+    torch.testing.assert_close(some.keys, keys[rows])
+    torch.testing.assert_close(some.values, values[rows])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["positions of each row", "one position for all rows"])
+def test_calls_of_several_tokens_join(shared):
+    """Rows of any of them, in any order and as often as wanted, with masks of different lengths."""
+    model = tiny_llama(layers=2)
+    positions = [torch.tensor([[t]]) if shared else torch.tensor([[t], [t + 3], [t + 5]]) for t in (4, 6, 7)]
+    calls = [call_of(model, p, 8 + t) for t, p in enumerate(positions)]
+    rows = [torch.tensor(r, dtype=torch.long) for r in ([2, 0, 0, 1], [], [1])]
+    got = models.LayerCall.join([(call, r) for (call, _), r in zip(calls, rows, strict=True)]).capture()
+    stock = [stock_keys_and_values(model, *call) for call in calls]
+    for k, part in enumerate((got.keys, got.values)):
+        want = torch.cat([pair[k][r] for pair, r in zip(stock, rows, strict=True)])
+        assert part.shape == (5, 2, 1, 8)
+        torch.testing.assert_close(part, want)
+
+
+def test_a_stand_in_says_how_long_the_cache_is_and_holds_nothing():
+    cache = transformers.DynamicCache()
+    cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
+    seen = models.stand_in(cache, 7)
+    assert isinstance(seen, transformers.DynamicCache) and seen.get_seq_length() == 7 and not seen.layers
+    assert cache.get_seq_length() == 4 and len(cache.layers) == 1
 
 
 def test_row_taker_picks_what_has_a_batch_dimension():

@@ -10,16 +10,10 @@ from torch.nn import functional as F
 
 from exeunt import ExitStats, ops, reference
 from exeunt.ops import _backend
+from op_inputs import make, norm_args
 
 pytestmark = pytest.mark.skipif(_backend.cpu is None, reason="exeunt._cpu is not built")
 INF, NAN = math.inf, math.nan
-
-
-def make(n, v, d, dtype, seed=0, spread=1.0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=g).to(dtype)
-    head = (torch.randn(v, d, generator=g) * spread / math.sqrt(d)).to(dtype)
-    return hidden, head
 
 
 def torch_pipeline(hidden, head, **kw):
@@ -71,16 +65,6 @@ def exact_norm(x, kw):
         if kw.get(name) is not None:
             x = op(x, kw[name].double())
     return x
-
-
-def norm_args(kind, d, dtype, seed=1):
-    if kind is None:
-        return {}
-    g = torch.Generator().manual_seed(seed)
-    args = dict(norm=kind, norm_weight=(torch.rand(d, generator=g) + 0.5).to(dtype), eps=1e-5)
-    if kind == "layer":
-        args["norm_bias"] = (torch.randn(d, generator=g) * 0.1).to(dtype)
-    return args
 
 
 SMALL = [(n, v, d) for n in (0, 1, 3, 17) for v in (2, 3, 35) for d in (31, 576)]

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from exeunt.models.structure import CACHE_KEYWORD
 
-__all__ = ["KeyValues", "LayerCall", "RowTaker"]
+__all__ = ["KeyValues", "LayerCall", "RowTaker", "stand_in"]
 
 
 class _Captured(Exception):
@@ -42,19 +43,19 @@ class RowTaker:
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of a layer, each [n, Hkv, 1, Dh], and how the layer addresses its cache.
+    """Keys and values of a layer, each [n, Hkv, 1, Dh], and the cache layer that it hands them to.
 
     Attributes
     ----------
     keys, values : Tensor
         As the stock layer computed them.
-    store : callable
-        ``store(keys, values)`` writes to the generation's cache in this layer's name.
+    layer : int
+        Place in the cache of the layer that they are for.
     """
 
     keys: Tensor
     values: Tensor
-    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    layer: int
 
 
 class LayerCall:
@@ -67,53 +68,87 @@ class LayerCall:
     hidden : Tensor
         [B, 1, D] input of the layer.
     arguments : dict
-        Everything else that the stock model passed, by name; holds the cache.
+        Everything else that the stock model passed, by name.
     take : RowTaker
         Shared by the layers of a step.
+    cache : transformers.Cache
+        What the layer is to see as its cache: a :func:`stand_in`.
     """
 
-    def __init__(self, forward: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any], take: RowTaker) -> None:
-        self.forward, self.hidden, self.arguments, self.take = forward, hidden, arguments, take
+    __slots__ = ("arguments", "cache", "forward", "hidden", "take")
 
-    @property
-    def cache(self) -> Any:
-        """The generation's cache."""
-        return self.arguments[CACHE_KEYWORD]
+    def __init__(
+        self, forward: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any], take: RowTaker, cache: Any
+    ) -> None:
+        self.forward, self.hidden, self.arguments, self.take, self.cache = forward, hidden, arguments, take, cache
+        arguments[CACHE_KEYWORD] = cache  # a call may wait in the cache for long: it must not hold the cache in turn
 
-    def capture(self, rows: Tensor | None) -> KeyValues:
-        """Keys and values that the stock layer computes for ``rows`` (None: all); nothing after them is run.
+    def pick(self, rows: Tensor) -> LayerCall:
+        """The same call for some rows."""
+        arguments = {name: self.take(value, rows) for name, value in self.arguments.items()}
+        return LayerCall(self.forward, self.hidden.index_select(0, rows), arguments, RowTaker(len(rows)), self.cache)
+
+    @staticmethod
+    def join(calls: list[tuple[LayerCall, Tensor]]) -> LayerCall:
+        """One call for rows of several calls of one layer, as far as keys and values need it."""
+        last, rows = calls[-1]
+        if len(calls) == 1:
+            return last.pick(rows)
+        hidden = torch.cat([call.hidden.index_select(0, rows) for call, rows in calls])
+        arguments = {name: _joined([(c.arguments[name], c.take.batch, rows) for c, rows in calls])
+                     for name in last.arguments}  # fmt: skip
+        return LayerCall(last.forward, hidden, arguments, RowTaker(len(hidden)), last.cache)
+
+    def capture(self) -> KeyValues:
+        """Keys and values that the stock layer computes; nothing after them is run.
 
         The layer runs its own norm, projections and rotary embedding up to the point where it hands keys and values
         to the cache, and is stopped there. The cache is not written.
         """
         found: list[KeyValues] = []
 
-        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            found.append(KeyValues(keys, values, lambda k, v: self.cache.update(k, v, *args, **kwargs)))
+        def attend(own: KeyValues) -> tuple[Tensor, Tensor]:
+            found.append(own)
             raise _Captured
 
         try:
-            self._call(rows, update)
+            self.run(attend)
         except _Captured:
             return found[0]
         raise RuntimeError(f"{self.forward!r} finished without handing keys and values to its cache")
 
-    def run(self, rows: Tensor, attend: Callable[[KeyValues], tuple[Tensor, Tensor]]) -> Tensor:
-        """Output [n, 1, D] of the layer for ``rows``.
+    def run(self, attend: Callable[[KeyValues], tuple[Tensor, Tensor]]) -> Tensor:
+        """Output [B, 1, D] of the layer.
 
         ``attend`` gets their keys and values, stores them, and returns all the keys and values that they attend to.
         """
 
-        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            return attend(KeyValues(keys, values, lambda k, v: self.cache.update(k, v, *args, **kwargs)))
+        def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return attend(KeyValues(keys, values, layer_idx))
 
-        out = self._call(rows, update)
+        self.cache.update = update
+        try:
+            out = self.forward(self.hidden, **self.arguments)
+        finally:
+            del self.cache.update
         return out[0] if isinstance(out, tuple) else out
 
-    def _call(self, rows: Tensor | None, update: Callable[..., tuple[Tensor, Tensor]]) -> Any:
-        view = copy.copy(self.cache)  # keeps its class; only this copy's update is ours
-        view.update = update
-        if rows is None:
-            return self.forward(self.hidden, **{**self.arguments, CACHE_KEYWORD: view})
-        arguments = {k: self.take(v, rows) for k, v in self.arguments.items() if k != CACHE_KEYWORD}
-        return self.forward(self.hidden.index_select(0, rows), **arguments, **{CACHE_KEYWORD: view})
+
+def stand_in(cache: Any, length: int) -> Any:
+    """An object of the cache's class that says how long the cache is and holds nothing."""
+    husk = copy.copy(cache)
+    husk.layers = []
+    husk.get_seq_length = lambda layer_idx=0: length
+    return husk
+
+
+def _joined(parts: list[tuple[Any, int, Tensor]]) -> Any:
+    """One argument of several calls, each with its batch and the rows wanted of it, for all these rows."""
+    last = parts[-1][0]
+    if isinstance(last, tuple):
+        return tuple(_joined([(value[k], batch, rows) for value, batch, rows in parts]) for k in range(len(last)))
+    if not isinstance(last, Tensor):
+        return last
+    if any(v.dim() < 2 or v.shape[0] not in (1, batch) or v.shape[1:] != last.shape[1:] for v, batch, _ in parts):
+        return None  # masks of different lengths, positions without a batch: nothing before keys and values reads them
+    return torch.cat([v.expand(batch, *v.shape[1:]).index_select(0, rows) for v, batch, rows in parts])

@@ -1,8 +1,9 @@
 """The fused ops: what model code calls."""
 
 from exeunt.ops._backend import DTYPES
+from exeunt.ops.compact import compact, expand
 from exeunt.ops.exit_stats import exit_stats
 from exeunt.ops.packed_head import PackedHead
 from exeunt.ops.small_head import probe, saturation, small_head
 
-__all__ = ["DTYPES", "PackedHead", "exit_stats", "probe", "saturation", "small_head"]
+__all__ = ["DTYPES", "PackedHead", "compact", "exit_stats", "expand", "probe", "saturation", "small_head"]

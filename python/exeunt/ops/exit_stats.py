@@ -13,10 +13,10 @@ from exeunt.ops.packed_head import PackedHead
 from exeunt.stats import ExitStats
 
 _SCHEMA = (
-    "(Tensor hidden, Tensor head, Tensor? head_scale, SymInt[]? packed, Tensor? head_bias, str? norm, Tensor? norm_weight, Tensor? norm_bias, "
-    "float eps, float scale, float? softcap, float temperature, Tensor? rows, Tensor? count, Tensor? columns, "
-    "Tensor? target, int topk, Tensor? seeds, bool entropy, Tensor(a!)? logits_out)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor hidden, Tensor head, Tensor? head_scale, SymInt[]? packed, Tensor? head_bias, str? norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, float scale, float? softcap, float temperature, "
+    "Tensor? rows, Tensor? count, Tensor? columns, Tensor? target, int topk, Tensor? seeds, bool entropy, "
+    "Tensor(a!)? logits_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,15 +44,17 @@ def exit_stats(
     """Statistics of ``z = softcap * tanh(scale * (W x + b) / softcap) / temperature`` with x the normalised hidden row.
 
     One read of the head serves the product, the softmax, the two largest logits and the entropy; no [N, V] tensor is
-    made unless ``logits_out`` asks for it. The normalised row is rounded once to the head's dtype, as the model's own norm
-    would hand it over; products accumulate in float32. A row's result has the same bits in any batch and with any number of threads.
+    made unless ``logits_out`` asks for it. The normalised row is rounded once to the head's dtype, as the model's own
+    norm would hand it over; products accumulate in float32. A row's result has the same bits in any batch and with
+    any number of threads.
 
     Parameters
     ----------
     hidden : Tensor
         [N, D] float32, bfloat16 or float16, on any row stride.
     head : Tensor or PackedHead
-        [V, D] of the same dtype, unit stride along D: an output embedding's weight. Or a packed copy of it, of any dtype.
+        [V, D] of the same dtype, unit stride along D: an output embedding's weight. Or a packed copy of it, of any
+        dtype.
     head_bias : Tensor, optional
         [V], float32 or the dtype of ``hidden``.
     norm : {None, "rms", "layer"}
@@ -72,16 +74,16 @@ def exit_stats(
     count : Tensor, optional
         One integer on the device: only the first ``count`` of the M rows are live; the others come back flagged.
     columns : Tensor, optional
-        [K] int64: only these rows of the head count as the vocabulary (SpecEE's candidates). Ids in the result are rows of
-        the head; ties go to the column listed first.
+        [K] int64: only these rows of the head count as the vocabulary (SpecEE's candidates). Ids in the result are
+        rows of the head; ties go to the column listed first.
     target : Tensor, optional
         [M] int64, one id per checked row: ``ExitStats.target`` receives its logit z (for cross-entropy,
         ``stats.logsumexp - stats.target``). Not together with ``columns``.
     topk : int, default 0
         0 to 8: how many of the largest logits ``ExitStats.topk_logits`` and ``topk_ids`` receive.
     seeds : Tensor, optional
-        [M] int64, one seed per checked row: ``ExitStats.sample`` receives a draw from the row's softmax, by Gumbel noise
-        from Philox keyed by seed and id, so that it depends neither on the batch nor on the threads.
+        [M] int64, one seed per checked row: ``ExitStats.sample`` receives a draw from the row's softmax, by Gumbel
+        noise from Philox keyed by seed and id, so that it depends neither on the batch nor on the threads.
     entropy : bool, default True
         Whether ``weighted`` is wanted; NaN without.
     logits_out : Tensor, optional
@@ -119,8 +121,8 @@ def exit_stats(
     if isinstance(head, PackedHead):
         head.check()
         head, head_scale, packed = head.data, head.scale, head.shape
-    call = Call(hidden, head, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap, temperature,
-                rows, count, columns, target, topk, seeds, entropy, logits_out)  # fmt: skip
+    call = Call(hidden, head, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap,
+                temperature, rows, count, columns, target, topk, seeds, entropy, logits_out)  # fmt: skip
     call.check()
     if _backend.direct(hidden, head) and not (hidden.requires_grad and torch.is_grad_enabled()):
         return call.run()

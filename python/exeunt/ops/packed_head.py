@@ -25,9 +25,9 @@ class PackedHead:
     weight : Tensor
         [V, D] float32, bfloat16 or float16 on CPU.
     dtype : torch.dtype, optional
-        Of the copy: the weight's own (default), ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``: symmetric, one
-        scale a vocabulary row, rounding error at most ``max |row| / 254`` a weight. Hidden rows meet an int8 head as two
-        int8 planes (15 bits of their largest element), so the weight's rounding is the error that shows.
+        Of the copy: the weight's own (default), ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``: symmetric,
+        one scale a vocabulary row, rounding error at most ``max |row| / 254`` a weight. Hidden rows meet an int8 head
+        as two int8 planes (15 bits of their largest element), so the weight's rounding is the error that shows.
 
     Raises
     ------
@@ -100,7 +100,7 @@ class PackedHead:
 
 
 def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) -> Tensor:
-    """The [V, D] weight behind a PackedHead's tensors; ``data`` itself where ``shape`` is None, for nothing was packed."""
+    """The [V, D] weight behind a PackedHead's tensors; ``data`` itself where ``shape`` is None: nothing was packed."""
     if shape is None:
         return data
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]

@@ -32,10 +32,10 @@ def small_head(
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Logits ``final(W activation(P x + p) + b)`` of a classifier's exit head, x the normalised hidden row, in one call.
+    """Logits ``final(W activation(P x + p) + b)`` of a classifier's exit head in one call, x the normalised row.
 
-    For heads whose logits are wanted whole: classes up to a few dozen (DeeBERT's pooler and linear layer, PABEE's shared
-    pooler). Rows are rounded once to the weight's dtype before each product, which accumulates in float32. A row's
+    For heads whose logits are wanted whole: classes up to a few dozen (DeeBERT's pooler and linear layer, PABEE's
+    shared pooler). Rows are rounded once to the weight's dtype before each product, which accumulates in float32. A row's
     result has the same bits in any batch and with any number of threads.
 
     Parameters

@@ -1,0 +1,132 @@
+"""small_head, probe and saturation against their float64 references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exeunt import ops, reference
+from exeunt.ops import _backend
+from op_inputs import norm_args
+
+pytestmark = pytest.mark.skipif(_backend.cpu is None, reason="exeunt._cpu is not built")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def close(got, exact, dtype):
+    # Rounding a pooled row to 8 or 11 bits may fall either way where float32 and float64 straddle the middle.
+    step = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    return torch.allclose(got.double(), exact, rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [None, "rms", "layer"])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("n,v,d,p", [(0, 2, 8, 8), (1, 2, 31, 33), (3, 35, 64, 20), (40, 17, 70, 70)])
+def test_small_heads_match_the_reference(isa, n, v, d, p, pooled, kind, dtype):
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(n, d, generator=g).to(dtype)
+    weight = (torch.randn(v, p if pooled else d, generator=g) / 6).to(dtype)
+    args = dict(bias=torch.randn(v, generator=g), **norm_args(kind, d, dtype))
+    if pooled:
+        args |= dict(
+            pooler_weight=(torch.randn(p, d, generator=g) / 6).to(dtype), pooler_bias=torch.randn(p, generator=g)
+        )
+    for activation in ("tanh", "relu", "sigmoid"):
+        got = ops.small_head(hidden, weight, activation=activation, **args)
+        exact = reference.small_head(hidden.double(), weight, activation=activation, **args)
+        assert got.shape == (n, v) and got.dtype == torch.float32
+        assert close(got, exact, dtype if pooled else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probes_match_the_reference(isa, dtype):
+    g = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(9, 50, generator=g).to(dtype), torch.randn(50, generator=g)
+    inner, inner_weight = torch.randn(20, 50, generator=g) / 5, torch.randn(20, generator=g)
+    for args in (dict(weight=weight, norm="rms"), dict(weight=inner_weight, hidden_weight=inner)):
+        args["bias"] = torch.tensor(0.3)
+        got, exact = ops.probe(hidden, **args), reference.probe(hidden.double(), **args)
+        assert torch.allclose(got.double(), exact, atol=1e-5) and got.shape == (9,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturation_matches_the_reference(isa, dtype):
+    g = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(7, 77, generator=g).to(dtype)[:, ::2] for _ in range(2))
+    a[1], b[2] = b[1], 0
+    got, exact = ops.saturation(a, b), reference.saturation(a.double(), b.double())
+    assert torch.allclose(got.double(), exact, atol=1e-6)
+    assert got[1] == 1.0 and got[2] == 0.0
+
+
+def test_rows_keep_their_bits_in_any_batch_and_thread_count(isa):
+    g = torch.Generator().manual_seed(4)
+    hidden, weight, pooler = (torch.randn(s, generator=g) for s in ((50, 300), (6, 400), (400, 300)))
+    threads = torch.get_num_threads()
+    alone = torch.cat([ops.small_head(hidden[i : i + 1], weight, pooler_weight=pooler) for i in range(50)])
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.small_head(hidden, weight, pooler_weight=pooler), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_finite_stays_in_its_row(isa):
+    hidden = torch.randn(4, 32)
+    clean = ops.probe(hidden, torch.ones(32), norm="rms")
+    hidden[2, 3] = torch.nan
+    got = ops.probe(hidden, torch.ones(32), norm="rms")
+    assert torch.isnan(got[2]) and torch.equal(got[[0, 1, 3]], clean[[0, 1, 3]])
+    assert torch.isnan(ops.saturation(hidden, torch.ones(4, 32))[2])
+    far = ops.probe(torch.tensor([[1e6], [-1e6]]), torch.ones(1))
+    assert far.tolist() == [1.0, pytest.approx(0.0, abs=1e-30)]
+
+
+def test_ops_are_registered_and_gradients_refused():
+    hidden, weight = torch.randn(3, 16), torch.nn.Parameter(torch.randn(2, 16))
+    args = (hidden, weight, None, None, None, "tanh", "none", "rms", None, None, 1e-6)
+    torch.library.opcheck(torch.ops.exeunt.small_head.default, args)
+    torch.library.opcheck(torch.ops.exeunt.saturation.default, (hidden, hidden + 1))
+    with pytest.raises(RuntimeError, match="small_head has no gradient and hidden requires one"):
+        ops.small_head(hidden.requires_grad_(), weight)
+    with pytest.raises(RuntimeError, match="saturation has no gradient and hidden requires one"):
+        ops.saturation(hidden, torch.ones(3, 16))
+    with torch.no_grad():
+        ops.small_head(hidden, weight)
+
+
+N, D, V = 3, 8, 2
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(hidden=torch.zeros(D)), ValueError, r"small_head: hidden must have shape \[N, D\], got \[8\]"),
+        (dict(hidden=torch.zeros(N, D).double()), TypeError, "hidden must be float32, bfloat16 or float16, got"),
+        (dict(weight=torch.zeros(V, D + 1)), ValueError, r"weight must have shape \[V, 8\] with V >= 1, got \[2, 9\]"),
+        (dict(weight=torch.zeros(V, D).bfloat16()), TypeError, "weight must be float32 or torch.float32 on cpu, got"),
+        (dict(weight=torch.zeros(D, V).T), ValueError, "weight must have unit stride along its rows"),
+        (dict(bias=torch.zeros(3)), ValueError, r"bias must have shape \[2\], got \[3\]"),
+        (dict(pooler_bias=torch.zeros(D)), ValueError, "pooler_bias needs a pooler_weight, got none"),
+        (dict(activation="gelu"), ValueError, "activation must be one of none, tanh, relu, sigmoid, got 'gelu'"),
+        (dict(norm="batch"), ValueError, "norm must be None, 'rms' or 'layer', got 'batch'"),
+        (dict(eps=-1.0), ValueError, "eps must be finite and not negative, got -1.0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_input_gets_one_sentence(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.small_head(**dict(hidden=torch.zeros(N, D), weight=torch.zeros(V, D)) | change)
+
+
+def test_bad_probes_and_saturations_get_one_sentence():
+    with pytest.raises(ValueError, match=r"probe: weight must have shape \[D\]"):
+        ops.probe(torch.zeros(N, D), torch.zeros(1, D))
+    with pytest.raises(
+        ValueError, match=r"hidden and previous must both have shape \[N, D\], got \[3, 8\] and \[3, 7\]"
+    ):
+        ops.saturation(torch.zeros(N, D), torch.zeros(N, D - 1))
+    with pytest.raises(TypeError, match="saturation: previous must be float32, bfloat16 or float16"):
+        ops.saturation(torch.zeros(N, D), torch.zeros(N, D).long())
