@@ -1,21 +1,31 @@
-"""exit_stats beside what a torch user writes, eager and compiled: `pytest benchmarks/bench_exit_stats.py`.
+"""exit_stats beside what a torch user writes and beside the machine's floor: `pytest benchmarks/bench_exit_stats.py`.
 
-Each group is one shape: the fused op, the torch pipeline (norm, linear, float32 log-softmax, top 2, entropy) and the
-same pipeline under torch.compile, on the same tensors, in one process. `python benchmarks/table.py FILE` turns a
-`--benchmark-json=FILE` into the table that the README quotes.
+One test is one shape. Its sides run in turns, so that a noisy machine is as noisy for each: the op on the weight as it
+lies, on a packed copy, on an int8 copy; the torch pipeline (norm, linear, float32 log-softmax, top 2, entropy), eager
+and under torch.compile. The floor is the slower of one read of the head and its multiply-adds, from read bandwidth
+measured beside each shape and peaks measured once (peaks.py).
+
+`python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table. All shapes take half an hour; pick with
+`-k`, for example `-k "bf16 and (49152 or 32000)"`.
 """
 
 from __future__ import annotations
+
+import statistics
+import time
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import exeunt
+import peaks
 
-SHAPES = [(8192, 384), (49152, 576), (32000, 4096)]  # (V, D): a small LM, SmolLM2-135M, Llama-2-7B
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS = [1, 4, 16, 64]
+SHAPES = [(2, 768), (35, 384), (8192, 384), (49152, 576), (50257, 768), (32000, 4096), (128256, 2048), (151936, 2560)]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+ROWS = [1, 2, 4, 8, 16, 32, 64, 256]
+SECONDS = 1.5  # that a shape's sides share, after warm-up
+TURNS = (5, 40)
 
 
 def pipeline(hidden, head, weight):
@@ -27,36 +37,72 @@ def pipeline(hidden, head, weight):
 
 
 def fused(hidden, head, weight):
-    stats = exeunt.ops.exit_stats(hidden, head, norm="rms", norm_weight=weight, eps=1e-5)
-    return stats.argmax, stats.margin, stats.entropy
-
-
-SIDES = {"exeunt": lambda: fused, "torch": lambda: pipeline, "torch.compile": lambda: torch.compile(pipeline)}
+    return exeunt.ops.exit_stats(hidden, head, norm="rms", norm_weight=weight, eps=1e-5)
 
 
 @pytest.fixture(scope="module")
 def heads():
-    """One head at a time in memory; they are the large tensors."""
+    """One head at a time in memory, with its packed copies; they are the large tensors."""
     kept = {}
 
     def make(v, d, dtype):
         if (v, d, dtype) not in kept:
             kept.clear()
-            kept[v, d, dtype] = (torch.randn(v, d) / d**0.5).to(dtype)
+            head = (torch.randn(v, d) / d**0.5).to(dtype)
+            kept[v, d, dtype] = head, exeunt.ops.PackedHead(head), exeunt.ops.PackedHead(head, torch.int8)
         return kept[v, d, dtype]
 
     return make
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.fixture(scope="module")
+def machine():
+    """Multiply-add peaks in FLOP/s by the dtype that reaches them, and the library that measures bandwidth."""
+    lib = peaks.library()
+    _, rates = peaks.measure(rounds=4)
+    best = {name.split()[0]: max(r for n, r in rates.items() if n.startswith(name.split()[0])) for name in rates}
+    wide = best.get("float32", float("inf"))
+    return lib, {"fp32": wide * 1e9, "fp16": wide * 1e9, "bf16": best.get("bfloat16", wide) * 1e9}
+
+
 @pytest.mark.parametrize("n", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v,d", SHAPES)
-def test_exit_stats(benchmark, heads, v, d, dtype, n, side):
-    head = heads(v, d, DTYPES[dtype])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exit_stats(benchmark, heads, machine, v, d, dtype, n):
+    head, packed, int8 = heads(v, d, DTYPES[dtype])
     hidden, weight = torch.randn(n, d).to(head.dtype), torch.ones(d, dtype=head.dtype)
-    call = SIDES[side]()
-    benchmark.group = f"{v} x {d} {dtype} N={n}"
-    benchmark.extra_info.update(v=v, d=d, dtype=dtype, n=n, side=side, threads=torch.get_num_threads())
+    torch.compiler.reset()
+    compiled = torch.compile(pipeline, dynamic=False)
+    sides = {
+        "exeunt": lambda: fused(hidden, head, weight),
+        "packed": lambda: fused(hidden, packed, weight),
+        "int8": lambda: fused(hidden, int8, weight),
+        "torch": lambda: pipeline(hidden, head, weight),
+        "torch.compile": lambda: compiled(hidden, head, weight),
+    }
+    lib, peak = machine
+    threads = torch.get_num_threads()
+    size = max(head.nbytes, 1 << 28)
+    times = {side: [] for side in sides}
     with torch.inference_mode():
-        benchmark.pedantic(call, (hidden, head, weight), warmup_rounds=2, rounds=15, iterations=1)
+        for call in sides.values():
+            call()
+            call()
+        bandwidth = 0.0
+        until = time.perf_counter() + SECONDS
+        while len(times["torch"]) < TURNS[0] or (time.perf_counter() < until and len(times["torch"]) < TURNS[1]):
+            if len(times["torch"]) % 5 == 0:
+                bandwidth = max(
+                    bandwidth, *(lib.read_bandwidth(size, threads, s, h, 2) for s in (2, 8) for h in (0, 1))
+                )
+            for side, call in sides.items():
+                start = time.perf_counter()
+                call()
+                times[side].append(time.perf_counter() - start)
+        benchmark.pedantic(sides["exeunt"], rounds=3)
+    floor = max(head.nbytes / (bandwidth * 1e9), 2 * n * v * d / peak[dtype])
+    benchmark.extra_info.update(
+        v=v, d=d, dtype=dtype, n=n, threads=threads, bandwidth=bandwidth, floor=floor * 1e3,
+        bound="read" if head.nbytes / (bandwidth * 1e9) == floor else "multiply-add",
+        sides={side: statistics.median(t) * 1e3 for side, t in times.items()},
+    )  # fmt: skip

@@ -12,21 +12,24 @@ from pathlib import Path
 
 
 def table(results: dict) -> str:
-    """Markdown table of a pytest-benchmark result, one row a shape."""
-    rows: dict[tuple, dict[str, float]] = {}
+    """Markdown table of bench_exit_stats.py, one row a shape."""
+    first = results["benchmarks"][0]["extra_info"]
+    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
+    lines = [
+        f"{machine}, {first['threads']} threads, medians in ms. Floor: the slower of one read of the head (r) and its "
+        "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's.",
+        "",
+        "| V x D | dtype | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for b in results["benchmarks"]:
         info = b["extra_info"]
-        rows.setdefault((info["v"], info["d"], info["dtype"], info["n"]), {})[info["side"]] = b["stats"]["median"] * 1e3
-    peers = [s for s in next(iter(rows.values())) if s != "exeunt"]
-    threads = results["benchmarks"][0]["extra_info"]["threads"]
-    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
-    lines = [f"{machine}, {threads} threads, medians in ms; in brackets: times exeunt's.", ""]
-    lines.append("| V x D | dtype | rows | exeunt | " + " | ".join(peers) + " |")
-    lines.append("|---|---|---|---|" + "---|" * len(peers))
-    for (v, d, dtype, n), t in rows.items():
+        t, floor = info["sides"], info["floor"]
         ours = t["exeunt"]
-        cells = " | ".join(f"{t[p]:.2f} ({t[p] / ours:.2f}x)" for p in peers)
-        lines.append(f"| {v} x {d} | {dtype} | {n} | {ours:.2f} | {cells} |")
+        cells = [f"{floor:.3g} {info['bound'][0]}", f"{ours:.3g} ({floor / ours:.2f})"]
+        cells += [f"{t['packed']:.3g} ({floor / t['packed']:.2f})", f"{t['int8']:.3g}"]
+        cells += [f"{t[peer]:.3g} ({t[peer] / ours:.2f}x)" for peer in ("torch", "torch.compile")]
+        lines.append(f"| {info['v']} x {info['d']} | {info['dtype']} | {info['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

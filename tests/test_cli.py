@@ -202,7 +202,11 @@ def test_info_names_a_lowered_isa_and_cuda(monkeypatch):
 
     monkeypatch.setattr(_backend, "cuda", Cuda)
     monkeypatch.setenv("EXEUNT_MAX_ISA", "avx2")
-    text = info.render(info.collect())
+    facts = info.collect()
+    assert "AMX" not in info.render(facts)
+    facts["cpu"]["amx_refused"] = True
+    text = info.render(facts)
+    assert "AMX: the operating system refused it, the next best serves" in text
     assert "EXEUNT_MAX_ISA=avx2" in text and "built with CUDA 12.8, devices: 2" in text
 
 

@@ -43,6 +43,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "kernels": cpu is not None,
             "isa": None if cpu is None else cpu.isa(),
+            "amx_refused": cpu is not None and cpu.amx_refused(),
             "max_isa": os.environ.get("EXEUNT_MAX_ISA") or None,
             "threads": torch.get_num_threads(),
             "openmp": openmp_runtimes(),
@@ -88,6 +89,8 @@ def render(facts: dict[str, Any]) -> str:
     cpu, cuda = facts["cpu"], facts["cuda"]
     lines = [(name, version or "not installed") for name, version in facts["versions"].items()]
     lines.append(("CPU kernels", "missing: the torch reference serves" if not cpu["kernels"] else cpu["isa"]))
+    if cpu["amx_refused"]:
+        lines.append(("", "AMX: the operating system refused it, the next best serves"))
     if cpu["max_isa"]:
         lines.append(("", f"EXEUNT_MAX_ISA={cpu['max_isa']}"))
     lines.append(("threads", str(cpu["threads"])))

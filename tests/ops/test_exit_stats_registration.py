@@ -19,7 +19,8 @@ def arguments(**kw):
     weight = torch.nn.Parameter(torch.rand(D))
     args = dict(
         head_bias=None, norm="rms", norm_weight=weight, norm_bias=None, eps=1e-5, scale=1.0, softcap=None,
-        temperature=1.0, rows=None, count=None, logits_out=None,
+        temperature=1.0, rows=None, count=None, columns=None, target=None, topk=0, seeds=None, entropy=True,
+        logits_out=None,
     )  # fmt: skip
     return (hidden, head), {**args, **kw}
 
@@ -35,7 +36,7 @@ def cases():
 @pytest.mark.parametrize("case", cases(), ids=lambda c: ",".join(c) or "plain")
 def test_opcheck_with_parameters(case):
     args, kwargs = arguments(**case)
-    torch.library.opcheck(torch.ops.exeunt.exit_stats.default, (*args, *kwargs.values()))
+    torch.library.opcheck(torch.ops.exeunt.exit_stats.default, (*args, None, None, *kwargs.values()))  # nothing packed
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 1])])
@@ -89,10 +90,10 @@ def test_hidden_that_wants_a_gradient_is_told_where_there_is_one():
 
 def test_direct_path_and_dispatcher_agree():
     args, kwargs = arguments()
-    through = torch.ops.exeunt.exit_stats(*args, *kwargs.values())
+    through = torch.ops.exeunt.exit_stats(*args, None, None, *kwargs.values())
     with torch.no_grad():
         direct = ops.exit_stats(*args, **kwargs)
-    for a, b in zip(direct, through, strict=True):
+    for a, b in zip(direct[:5], through[:5], strict=True):
         assert torch.equal(a, b)
 
 
@@ -156,5 +157,5 @@ def test_bad_input_gets_one_sentence(change, error, message):
 def test_unknown_isa_limit():
     if _backend.cpu is None:
         pytest.skip("exeunt._cpu is not built")
-    with pytest.raises(ValueError, match="EXEUNT_MAX_ISA must be baseline, avx2, avx512 or amx, got 'sse9'"):
+    with pytest.raises(ValueError, match="must be baseline, avx2, avx512, avx512_bf16 or amx, got 'sse9'"):
         _backend.cpu.select_isa("sse9")

@@ -34,7 +34,7 @@ class Call(NamedTuple):
     softcap: float | None
     temperature: float
     rows: Tensor | None
-    count: Tensor | None
+    live: Tensor | None  # the op's `count`, a name that tuples have taken
     columns: Tensor | None
     target: Tensor | None
     topk: int
@@ -80,7 +80,7 @@ class Call(NamedTuple):
             raise ValueError(f"exit_stats: temperature must be finite and positive, got {self.temperature}")
         if not 0 <= self.topk <= 8:
             raise ValueError(f"exit_stats: topk must lie in 0..8, got {self.topk}")
-        if any(t is not None for t in (self.rows, self.count, self.columns, self.target, self.seeds)):
+        if any(t is not None for t in (self.rows, self.live, self.columns, self.target, self.seeds)):
             self._check_indices(n)
         if self.logits_out is not None:
             self._check_logits(n, v if self.columns is None else self.columns.shape[0])
@@ -98,7 +98,7 @@ class Call(NamedTuple):
         m = n if self.rows is None else self.rows.shape[0]
         for name, index, shape, right in (
             ("rows", self.rows, "[M]", self.rows is not None and self.rows.dim() == 1),
-            ("count", self.count, "[] or [1]", self.count is not None and self.count.numel() == 1),
+            ("count", self.live, "[] or [1]", self.live is not None and self.live.numel() == 1),
             ("columns", self.columns, "[K] with K >= 1", self.columns is not None and self.columns.dim() == 1
              and self.columns.shape[0] > 0),
             ("target", self.target, f"[{m}]", self.target is not None and self.target.shape == (m,)),
@@ -153,8 +153,10 @@ class Call(NamedTuple):
         cpu, hidden = _backend.cpu, self.hidden
         if cpu is None or not hidden.is_cpu:
             _backend.warn_fallback("exit_stats", hidden.device)
-            plain = {name: value for name, value in self._asdict().items() if name not in ("head_scale", "packed")}
-            return reference.exit_stats(**plain | {"head": unpacked(self.head, self.head_scale, self.packed)})
+            plain = self._asdict() | {"head": unpacked(self.head, self.head_scale, self.packed), "count": self.live}
+            for name in ("head_scale", "packed", "live"):
+                del plain[name]
+            return reference.exit_stats(**plain)
         n, d = hidden.shape
         v = self.head.shape[0] if self.packed is None else self.packed[0]
         rows, columns, target, seeds = self.rows, self.columns, self.target, self.seeds
@@ -180,7 +182,7 @@ class Call(NamedTuple):
         cpu.exit_stats(
             hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), weight, m, v, d,
             pointer(rows), rows is not None and rows.dtype == _int,
-            pointer(self.count), self.count is not None and self.count.dtype == _int,
+            pointer(self.live), self.live is not None and self.live.dtype == _int,
             vector(bias), _NORMS[self.norm], vector(norm_weight), vector(norm_bias),
             self.eps, self.scale, self.softcap or 0.0, self.temperature,
             pointer(logits), 0 if logits is None else _backend.DTYPES[logits.dtype],

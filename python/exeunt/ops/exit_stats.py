@@ -117,34 +117,36 @@ def exit_stats(
     >>> stats.max_prob.shape, bool((stats.margin <= stats.max_prob).all())
     (torch.Size([3]), True)
     """
-    head_scale, packed = None, None
+    weight, head_scale, packed = head, None, None
     if isinstance(head, PackedHead):
         head.check()
-        head, head_scale, packed = head.data, head.scale, head.shape
-    call = Call(hidden, head, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap,
+        weight, head_scale, packed = head.data, head.scale, head.shape
+    assert isinstance(weight, Tensor)
+    call = Call(hidden, weight, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap,
                 temperature, rows, count, columns, target, topk, seeds, entropy, logits_out)  # fmt: skip
     call.check()
-    if _backend.direct(hidden, head) and not (hidden.requires_grad and torch.is_grad_enabled()):
+    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
         return call.run()
     found = torch.ops.exeunt.exit_stats(*call)
     asked = (True,) * 5 + (target is not None, topk > 0, topk > 0, seeds is not None)
-    return ExitStats(*(t if wanted else None for t, wanted in zip(found, asked, strict=True)))
+    return ExitStats._make(t if wanted else None for t, wanted in zip(found, asked, strict=True))
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    """The op for every device. A schema cannot leave a result out: what nobody asked for is empty."""
+    """The op for every device."""
     call = Call(*args)
-    return tuple(
-        empty if t is None else t for t, empty in zip(call.run(), call.outputs(rows=0, everything=True), strict=True)
-    )
+    return _filled(call, call.run())
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     call = Call(*args)
-    return tuple(
-        empty if t is None else t
-        for t, empty in zip(call.outputs(), call.outputs(rows=0, everything=True), strict=True)
-    )
+    return _filled(call, call.outputs())
+
+
+def _filled(call: Call, stats: ExitStats) -> tuple[Tensor, ...]:
+    """A schema cannot leave a result out: what nobody asked for is empty."""
+    spare = call.outputs(rows=0, everything=True)
+    return tuple(empty if t is None else t for t, empty in zip(stats, spare, strict=True))  # type: ignore[misc]
 
 
 _library.define("exit_stats", _SCHEMA, _forward, _fake)

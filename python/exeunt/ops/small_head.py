@@ -35,8 +35,8 @@ def small_head(
     """Logits ``final(W activation(P x + p) + b)`` of a classifier's exit head in one call, x the normalised row.
 
     For heads whose logits are wanted whole: classes up to a few dozen (DeeBERT's pooler and linear layer, PABEE's
-    shared pooler). Rows are rounded once to the weight's dtype before each product, which accumulates in float32. A row's
-    result has the same bits in any batch and with any number of threads.
+    shared pooler). Rows are rounded once to the weight's dtype before each product, which accumulates in float32. A
+    row's result has the same bits in any batch and with any number of threads.
 
     Parameters
     ----------
