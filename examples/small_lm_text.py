@@ -25,9 +25,9 @@ LICENCES = "Python documentation (PSF-2.0), Jane Austen's novels (public domain)
 
 def documents(root: Path) -> dict[str, list[str]]:
     """The documents of each source below the folder into which the packages were unpacked."""
-    for name, place in SOURCES.items():
+    for place in SOURCES.values():
         if not (root / place).exists():
-            raise FileNotFoundError(f"{name}: expected {place} below {root}, see {Path(__file__).name} for the packages")
+            raise FileNotFoundError(f"expected {place} below {root}: {Path(__file__).name} says what to unpack")
     found = {"documentation": documentation, "novels": novels, "definitions": definitions}
     return {name: list(read(root / SOURCES[name])) for name, read in found.items()}
 

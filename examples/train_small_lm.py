@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import small_lm_text
 import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from exeunt.training import CrossEntropy, Distillation, Joint, Objective, Windows, depth_weights, fit, muon, written
+import small_lm_text
+from exeunt.files import written
+from exeunt.training import CrossEntropy, Distillation, Joint, Objective, Windows, depth_weights, fit, muon
 from exeunt.training.loop import digest
 
 LAYERS = 12

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from exeunt.files import written
 
 __all__ = ["ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint", "rms_normalized"]
 
@@ -215,13 +216,9 @@ class ExitHeads(nn.Module):
             "heads": json.dumps({str(layer): _structure(self[layer]) for layer in self}),
             "metadata": json.dumps(self.metadata),
         }
-        unfinished = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-        try:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in self._heads.state_dict().items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self._heads.state_dict().items()}
+        with written(path) as unfinished:
             unfinished.write_bytes(safetensors.torch.save(tensors, metadata))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: Any) -> ExitHeads:

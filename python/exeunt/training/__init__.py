@@ -1,6 +1,8 @@
 """Training exits: objectives, the loop that fits them, and what it fits."""
 
-from exeunt.training.loop import adamw, fit, muon, schedule, written
+from exeunt.training.exits import HEADS_FILE, train_exits
+from exeunt.training.loop import adamw, fit, muon, schedule
+from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, select
 from exeunt.training.objectives import (
     CrossEntropy,
@@ -12,10 +14,13 @@ from exeunt.training.objectives import (
     ProbeLoss,
     StateTerm,
     depth_weights,
+    parse,
 )
-from exeunt.training.text import Windows
+from exeunt.training.recording import Recording, record
+from exeunt.training.text import Windows, tokenised
 
 __all__ = [
+    "HEADS_FILE",
     "CrossEntropy",
     "Depth",
     "Distillation",
@@ -25,13 +30,19 @@ __all__ = [
     "Objective",
     "ProbeLoss",
     "Recorded",
+    "Recording",
     "StateTerm",
     "Windows",
     "adamw",
     "depth_weights",
     "fit",
+    "judge",
     "muon",
+    "parse",
+    "record",
     "schedule",
     "select",
-    "written",
+    "summary",
+    "tokenised",
+    "train_exits",
 ]

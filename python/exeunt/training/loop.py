@@ -4,9 +4,9 @@ A step is a function of the state before it, the seed and its number: its rows a
 the seed and the number alone. What a checkpoint holds is therefore enough to go on, and a run that was killed
 at any moment and resumed ends, on a CPU with the same number of threads, in the same bits as one that was not.
 
-The learning rate warms up, stays, and falls to zero over the last fifth of the steps (Hu et al., 2024, arXiv:2404.06395).
-What was there before the fall is kept, so that a finished run can be continued with more steps: it takes the same path
-as if they had been asked for at once.
+The learning rate warms up, stays, and falls to zero over the last fifth of the steps (Hu et al., 2024,
+arXiv:2404.06395). What was there before the fall is kept, so that a finished run can be continued with more steps: it
+takes the same path as if they had been asked for at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Checkpoint", "adamw", "fit", "muon", "schedule", "written"]
+from exeunt.files import written
+
+__all__ = ["Checkpoint", "adamw", "fit", "muon", "schedule"]
 
 FORMAT = "exeunt.checkpoint.1"
 
@@ -178,7 +181,7 @@ def fit(
     device = accelerator.device if accelerator else torch.device("cpu")
     module.to(device)
     bare, peaks = module, [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    run = Checkpoint(Path(checkpoint), bare, optimizers, identity | {"seed": seed, "processes": world})
+    run = Checkpoint(Path(checkpoint), bare, optimizers, {**identity, "seed": seed, "processes": world})
     run.resume(steps)
     run.restart_clock()
     if accelerator:
@@ -240,23 +243,33 @@ class Checkpoint:
 
     def resume(self, steps: int) -> None:
         """Read the furthest state that lies on the way to `steps`, if there is one."""
-        for path in (self.path, self.plateau):
-            if path.exists():
-                state = torch.load(path, weights_only=True, map_location="cpu")
-                if state.get("format") != FORMAT:
-                    raise ValueError(f"{path} is not a checkpoint of this version of exeunt")
-                differing = [k for k in state["identity"] | self._identity
-                             if state["identity"].get(k) != self._identity.get(k)]  # fmt: skip
-                if differing:
-                    fields = "; ".join(f"{k} {state['identity'].get(k)}, got {self._identity.get(k)}" for k in differing)
-                    raise ValueError(f"{path} belongs to another run: expected {fields}")
-                # The rate has begun to fall towards another number of steps: those steps are not on the way.
-                if state["step"] <= max(state["steps_asked"] - fall_length(state["steps_asked"]), 0) or (
-                    state["steps_asked"] == steps
-                ):
-                    self._take(state)
-                    break
         self._asked = steps
+        found = [self._read(path) for path in (self.path, self.plateau) if path.exists()]
+        for state in found:
+            asked = state["steps_asked"]
+            # Once the rate falls towards one number of steps, what follows is not on the way to another.
+            if asked == steps or state["step"] <= min(asked - fall_length(asked), steps - fall_length(steps)):
+                self._take(state)
+                return
+        if found:
+            asked, done = found[0]["steps_asked"], found[0]["step"]
+            raise ValueError(
+                f"{self.path} has gone {done} of {asked} steps, which does not lead to {steps}: ask for more"
+            )
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            state = None
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a checkpoint of this version of exeunt")
+        stored = state["identity"]
+        differing = [k for k in stored | self._identity if stored.get(k) != self._identity.get(k)]
+        if differing:
+            fields = "; ".join(f"{k} {stored.get(k)}, got {self._identity.get(k)}" for k in differing)
+            raise ValueError(f"{path} belongs to another run: expected {fields}")
+        return state
 
     def _take(self, state: dict[str, Any]) -> None:
         trainable = _trainable(self._module)
@@ -296,29 +309,6 @@ class Checkpoint:
         with written(path) as unfinished:
             torch.save(state, unfinished)
         self._written = time.monotonic()
-
-
-@contextmanager
-def written(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write beside `path` that takes its place when the block ends well; else `path` stays as it was.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written, for example since the disk is full: one sentence.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield unfinished
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({why}), what was there before is kept") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def digest(*parts: Any) -> str:

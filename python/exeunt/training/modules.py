@@ -98,7 +98,12 @@ class Recorded(nn.Module):
 
     def measured(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss, and per exit [N] whether its token is that of full depth."""
-        s, (states, labels) = self.structure, batch
+        states, labels = batch
+        return self.objective(self.depths(states), labels, self.heads)
+
+    def depths(self, states: Tensor) -> dict[int, Depth]:
+        """States at the exits and at full depth, [N, D] each."""
+        s = self.structure
         head = (s.weight, getattr(s.head, "bias", None))
         depths = {}
         for i, exit in enumerate(self.heads):
@@ -106,7 +111,7 @@ class Recorded(nn.Module):
             # Translators are float32 while they are trained; what the head reads is of its dtype.
             depths[exit] = Depth(raw, s.normalise(self.heads[exit].state(raw.float())).to(s.weight.dtype), *head)
         depths[len(s.layers) - 1] = Depth(states[:, -1], states[:, -1].to(s.weight.dtype), *head)
-        return self.objective(depths, labels, self.heads)
+        return depths
 
 
 def check_exits(exits: Iterable[int], layers: int) -> tuple[int, ...]:
@@ -165,9 +170,7 @@ def select(module: Joint, which: str) -> None:
     s = module.structure
     name, _, count = which.partition("-")
     if name != "last" or not count.isdecimal() or not 1 <= int(count) <= len(s.layers):
-        raise ValueError(
-            f"what to train must be heads, last-K with K in 1..{len(s.layers)}, or all, got {which!r}"
-        )
+        raise ValueError(f"what to train must be heads, last-K with K in 1..{len(s.layers)}, or all, got {which!r}")
     tied = s.weight is s.model.get_input_embeddings().weight
     for part in (*s.layers[-int(count) :], *s.tail, *(() if tied else (s.head,))):
         part.requires_grad_(True)

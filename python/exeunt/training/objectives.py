@@ -34,6 +34,7 @@ __all__ = [
     "ProbeLoss",
     "StateTerm",
     "depth_weights",
+    "parse",
 ]
 
 ROWS = 128  # whose logits exist at a time: they stay near the cache
@@ -249,9 +250,7 @@ class LayerwiseDistillation:
         """See `StateTerm`."""
         final = max(depths)
         target = rms_normalized(depths[final].state.detach())
-        differences = [
-            (rms_normalized(d.state) - target).square().mean() for e, d in depths.items() if e != final
-        ]
+        differences = [(rms_normalized(d.state) - target).square().mean() for e, d in depths.items() if e != final]
         return self.weight * torch.stack(differences).sum()
 
 
@@ -345,8 +344,8 @@ class _LogitLoss(torch.autograd.Function):
         weights = {name: d[1].to(d[0].dtype) for name, d in depths.items()}  # type: ignore[union-attr]
         grads: dict[int, list[Any]] = {
             name: [
-                torch.empty_like(state) if need[0] else None,
-                torch.zeros_like(weight, dtype=torch.float32) if need[1] else None,
+                torch.empty_like(state) if need[0] else None,  # type: ignore[arg-type]
+                torch.zeros_like(weight, dtype=torch.float32) if need[1] else None,  # type: ignore[arg-type]
                 torch.zeros_like(bias, dtype=torch.float32) if need[2] else None,  # type: ignore[arg-type]
             ]
             for name, (state, weight, bias) in depths.items()
@@ -394,3 +393,55 @@ class _LogitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         return (None, None, None, *(None if g is None else g * upstream[0] for g in ctx.grads))
+
+
+TERMS = {
+    "ce": "cross-entropy of the labels; ce:depth weighs by layers run (default), ce:sum evenly, ce:final full depth",
+    "kl": "KL(full depth || exit)",
+    "reverse-kl": "KL(exit || full depth)",
+    "probe": "the probes, classes balanced",
+    "layer": "squared difference to the full-depth state",
+}
+
+
+def parse(text: str, depths: Sequence[int]) -> Objective:
+    """An objective from its terms, as the command line writes them.
+
+    Parameters
+    ----------
+    text : str
+        Names of `TERMS` joined by ``+``, each with a factor or without: ``"ce:depth + 0.5*kl"``.
+    depths : sequence of int
+        Exits and full depth.
+
+    Raises
+    ------
+    ValueError
+        At an unknown term or factor.
+
+    Examples
+    --------
+    >>> from exeunt.training import parse
+    >>> parse("kl + 0.5*probe", [1, 3])
+    Distillation(weight=1.0, reverse=False) + ProbeLoss(weight=0.5, balanced=True)
+    """
+    terms: list[LogitTerm | StateTerm] = []
+    for part in text.split("+"):
+        factor, star, name = part.strip().rpartition("*")
+        try:
+            weight = float(factor) if star else 1.0
+        except ValueError:
+            weight = float("nan")
+        name, _, kind = name.strip().partition(":")
+        if not weight > 0 or name not in TERMS or (kind and name != "ce"):
+            raise ValueError(f"objective terms must be {', '.join(TERMS)} with positive factors, got {part.strip()!r}")
+        if name == "ce":
+            weights = depth_weights(kind or "depth", depths)
+            terms.append(CrossEntropy({depth: weight * w for depth, w in weights.items()}))
+        elif name == "probe":
+            terms.append(ProbeLoss(weight))
+        elif name == "layer":
+            terms.append(LayerwiseDistillation(weight))
+        else:
+            terms.append(Distillation(weight, reverse=name == "reverse-kl"))
+    return Objective(*terms)

@@ -9,7 +9,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Windows", "permutation"]
+__all__ = ["Windows", "tokenised"]
+
+HELD_OUT = 10  # every so-manieth row
+
+
+def tokenised(tokenizer: Any, texts: list[str], length: int, tokens: int | None = None) -> tuple[Any, Any]:
+    """Rows to train on and held-out ones.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    texts : list of str
+        Read one after the other, a blank line between them.
+    length : int
+        Tokens that are read in a row.
+    tokens : int, optional
+        Read so many at most; by default all.
+
+    Returns
+    -------
+    train, held_out : numpy.ndarray
+        [R, length + 1] int64. Rows overlap by the one token that ends the one and begins the next; every tenth is held
+        out.
+
+    Raises
+    ------
+    ValueError
+        If the text does not fill ten rows.
+    """
+    ids: list[int] = []
+    for text in texts:
+        if tokens is not None and len(ids) > tokens:
+            break
+        ids += tokenizer(text + "\n\n", verbose=False).input_ids
+    count = (min(len(ids), tokens or len(ids)) - 1) // length
+    if count < HELD_OUT:
+        raise ValueError(f"the data is too short: expected {HELD_OUT} rows of {length} tokens and one, got {len(ids)}")
+    rows = np.stack([np.array(ids[k * length : (k + 1) * length + 1]) for k in range(count)])
+    held_out = np.arange(count) % HELD_OUT == HELD_OUT // 2
+    return rows[~held_out], rows[held_out]
 
 
 @lru_cache(maxsize=2)
