@@ -12,6 +12,7 @@ takes the same path as if they had been asked for at once.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -253,9 +254,7 @@ class Checkpoint:
                 return
         if found:
             asked, done = found[0]["steps_asked"], found[0]["step"]
-            raise ValueError(
-                f"{self.path} has gone {done} of {asked} steps, which does not lead to {steps}: ask for more"
-            )
+            raise ValueError(f"{self.path} has gone {done} of {asked} steps: expected more steps than that, got {steps}")
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -306,8 +305,10 @@ class Checkpoint:
             "parameters": {name: p.detach() for name, p in _trainable(self._module).items()},
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
+        content = io.BytesIO()  # torch.save on a file tells of a full disk in another way each time
+        torch.save(state, content)
         with written(path) as unfinished:
-            torch.save(state, unfinished)
+            unfinished.write_bytes(content.getbuffer())
         self._written = time.monotonic()
 
 
