@@ -173,7 +173,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         killing.run(tmp_path, steps=5, identity={"net": 2})
     with pytest.raises(ValueError, match=r"belongs to another run: expected seed 0, got 3$"):
         killing.run(tmp_path, steps=5, seed=3)
-    with pytest.raises(ValueError, match=r"has gone 5 of 5 steps: expected more steps than that, got 3$"):
+    with pytest.raises(ValueError, match=r"has gone 5 of 5 steps: expected more than that, got 3$"):
         killing.run(tmp_path, steps=3)
     (tmp_path / "run").write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not a checkpoint of this version"):

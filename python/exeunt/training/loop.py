@@ -254,7 +254,7 @@ class Checkpoint:
                 return
         if found:
             asked, done = found[0]["steps_asked"], found[0]["step"]
-            raise ValueError(f"{self.path} has gone {done} of {asked} steps: expected more steps than that, got {steps}")
+            raise ValueError(f"{self.path} has gone {done} of {asked} steps: expected more than that, got {steps}")
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

@@ -163,7 +163,8 @@ def _track(things: list[int], title: str, progress: bool) -> Iterable[int]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(things, title, console=Console(stderr=True))
+    console = Console(stderr=True)
+    return track(things, title, console=console, disable=not console.is_terminal)
 
 
 def weights_digest(model: Any) -> str:
