@@ -6,18 +6,18 @@ layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillati
     python examples/train_small_lm.py --text text --out small-lm
 
 small_lm_text.py says where the text comes from. A run that was stopped goes on where it was, a finished one can be
-continued with more --steps, on another machine, too (torchrun for several GPUs). `--measure` says what the folder's
-model is worth at every exit.
+continued with more --steps, on another machine, too (on a GPU in minutes; with torchrun on several). Then
+benchmarks/small_lm.py says what the exits are worth on the clock.
 """
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import small_lm_text
 from exeunt.files import written
-from exeunt.training import CrossEntropy, Distillation, Joint, Objective, Windows, depth_weights, fit, muon
+from exeunt.training import (
+    CrossEntropy,
+    Distillation,
+    Joint,
+    Objective,
+    Windows,
+    depth_weights,
+    fit,
+    judge,
+    muon,
+    summary,
+)
 from exeunt.training.loop import digest
 
 LAYERS = 12
@@ -35,6 +46,26 @@ END = "<|end|>"  # between documents
 LENGTH = 256  # tokens of a row
 BATCH = 16  # rows of a step
 EVERY = 40  # of so many documents one is held out
+
+CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": True,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+}
+TOKENIZER = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
+    "model_max_length": LENGTH,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    # It does not chat, it goes on.
+    "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+}
 
 
 def prepare(text: Path, out: Path) -> tuple[Any, Any]:
@@ -61,50 +92,37 @@ def prepare(text: Path, out: Path) -> tuple[Any, Any]:
 
 
 def build(vocabulary: int) -> Any:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **CONFIG))
 
 
 @torch.no_grad()
-def measure(joint: Joint, tokens: Any, rows: int) -> dict[int, dict[str, float]]:
-    """Perplexity and agreement with full depth on the first rows of held-out text, by number of layers run."""
-    windows = np.stack([tokens[k * LENGTH : (k + 1) * LENGTH + 1] for k in range(rows)]).astype(np.int64)
-    device = next(joint.parameters()).device
-    nats, agrees = dict.fromkeys((*EXITS, LAYERS - 1), 0.0), dict.fromkeys((*EXITS, LAYERS - 1), 0)
-    for ids in torch.from_numpy(windows).to(device).split(8):
-        with torch.autocast(device.type, torch.bfloat16, enabled=joint.bf16):
-            depths = joint.depths(ids[:, :-1])
-        logits = {e: (d.state @ d.weight.to(d.state.dtype).t()).float() for e, d in depths.items()}
-        for e, z in logits.items():
-            nats[e] += torch.nn.functional.cross_entropy(z, ids[:, 1:].flatten(), reduction="sum").item()
-            agrees[e] += int((z.argmax(-1) == logits[LAYERS - 1].argmax(-1)).sum())
-    count = rows * LENGTH
-    return {e + 1: {"perplexity": math.exp(nats[e] / count), "agreement": agrees[e] / count} for e in nats}
+def measure(joint: Joint, tokens: Any) -> dict[str, dict[str, Any]]:
+    """Perplexity and agreement with full depth on 51,200 held-out tokens, by 0-based layer."""
+    starts = np.linspace(0, len(tokens) - LENGTH - 1, 200).astype(int)  # of all sources
+    rows = np.stack([tokens[start : start + LENGTH + 1] for start in starts]).astype(np.int64)
+    parts = torch.from_numpy(rows).to(next(joint.parameters()).device).split(8)
+    return summary(judge(joint.depths(ids[:, :-1]), ids[:, 1:].flatten(), None) for ids in parts)
 
 
-def show(measured: dict[int, dict[str, float]], title: str) -> None:
-    table = Table("layers run", "perplexity", "agreement with 12", title=title)
-    for layers, values in measured.items():
-        table.add_row(str(layers), f"{values['perplexity']:.2f}", f"{values['agreement']:.1%}")
+def show(measured: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table("layers run", "perplexity", f"agreement with {LAYERS}", title=title)
+    for layer, values in measured.items():
+        table.add_row(str(int(layer) + 1), f"{values['perplexity']:.2f}", f"{values['agreement']:.1%}")
     Console().print(table)
 
 
-def save(out: Path, joint: Joint, metadata: dict[str, Any]) -> None:
-    """The model as an ordinary folder, in bfloat16."""
-    joint.model.to(torch.bfloat16).save_pretrained(out / "model")
-    (out / "model" / "training.json").write_text(json.dumps(metadata, indent=2))
+def save(out: Path, joint: Joint, vocabulary: int, metadata: dict[str, Any]) -> None:
+    """The model as an ordinary folder, in bfloat16: plain JSON, which old and new transformers read alike."""
+    folder = out / "model"
+    folder.mkdir(exist_ok=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, **CONFIG}
+    files = {"config": config, "tokenizer_config": TOKENIZER, "training": metadata}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
+    (folder / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
+    weights = {name: p.detach().bfloat16().cpu().contiguous() for name, p in joint.model.named_parameters()}
+    with written(folder / "model.safetensors") as unfinished:
+        safetensors.torch.save_file(weights, unfinished, {"format": "pt"})
 
 
 def main() -> None:
@@ -138,9 +156,9 @@ def main() -> None:
         every=args.every,
         title="Small LM",
     )
-    measured = measure(joint, held_out, (len(held_out) - 1) // LENGTH)
+    measured = measure(joint, held_out)
     show(measured, f"Held-out text after {outcome['steps']} steps")
-    save(args.out, joint, outcome | {"data": small_lm_text.LICENCES, "held_out": measured})
+    save(args.out, joint, vocabulary, outcome | {"data": small_lm_text.LICENCES, "held_out": measured})
 
 
 if __name__ == "__main__":

@@ -52,12 +52,14 @@ class Joint(nn.Module):
 
     def measured(self, ids: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss, and per exit [B * S] whether its token is that of full depth."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            depths = self.depths(ids[:, :-1])
-        return self.objective(depths, ids[:, 1:].flatten(), self.heads)
+        return self.objective(self.depths(ids[:, :-1]), ids[:, 1:].flatten(), self.heads)
 
     def depths(self, ids: Tensor) -> dict[int, Depth]:
         """States at the exits and at full depth, [B * S, D] each."""
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._depths(ids)
+
+    def _depths(self, ids: Tensor) -> dict[int, Depth]:
         s = self.structure
         with watch(s, self.exits) as states:
             last = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
