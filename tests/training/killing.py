@@ -38,6 +38,7 @@ def batches(step):
 
 def run(folder, steps=STEPS, every=0.0, **more):
     net = Net()
+    torch.seed()  # what the user's generator is at must not matter
     options = dict(identity={"net": 1}, pieces=2, warmup=5, every=every, progress=False)
     return net, fit(net, batches, f"{folder}/run", steps=steps, optimizers=muon(net, 0.01), **options | more)
 
