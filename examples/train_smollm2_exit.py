@@ -79,7 +79,7 @@ def chats(model: Any, tokenizer: Any, count: int, file: Path) -> Any:
     if not file.exists():
         turn = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
         opening = tokenizer(turn.removesuffix("<|im_end|>\n"), return_tensors="pt").input_ids
-        rows = torch.cat([chat(model, opening, part) for part in torch.ones(count).split(256)])
+        rows = torch.cat([chat(model, opening, min(256, count - done)) for done in range(0, count, 256)])
         with written(file) as unfinished, open(unfinished, "wb") as stream:
             np.save(stream, rows.numpy())
     return np.load(file)
