@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from exeunt.files import written
 
-__all__ = ["ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint", "rms_normalized"]
+__all__ = ["ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint"]
 
 FORMAT = "exeunt.heads"
 FORMAT_VERSION = "1"

@@ -25,10 +25,10 @@ class Net(torch.nn.Module):
         super().__init__()
         torch.manual_seed(5)
         self.embedding = torch.nn.Embedding(50, 16)
-        self.inner = torch.nn.Linear(16, 16)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 16)])
 
     def forward(self, ids):
-        h = torch.nn.functional.dropout(self.inner(self.embedding(ids)), 0.3, self.training)
+        h = torch.nn.functional.dropout(self.layers[0](self.embedding(ids)), 0.3, self.training)
         return (h @ self.embedding.weight.T).flatten(0, 1).logsumexp(-1).mean()
 
 

@@ -182,6 +182,13 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
         killing.run(tmp_path, steps=0)
 
 
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest():
+    net = killing.Net()
+    first, second = loop.muon(net, 0.01)
+    assert [id(p) for p in first.param_groups[0]["params"]] == [id(net.layers[0].weight)]
+    assert {id(p) for p in second.param_groups[0]["params"]} == {id(net.embedding.weight), id(net.layers[0].bias)}
+
+
 def test_schedule_rises_stays_and_falls():
     rates = [schedule(step, 100, warmup=10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9:81] == [1.0] * 72

@@ -70,7 +70,7 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float = 0.0) ->
 
 
 def muon(module: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for the matrices inside of layers, AdamW for embeddings, norms and the rest.
+    """Muon (Jordan et al., 2024) for the matrices inside of layers (lists of modules), AdamW for all other parameters.
 
     Muon learns more from a token than AdamW, which is what counts where tokens cost minutes.
 
@@ -81,10 +81,10 @@ def muon(module: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> 
         Its peak; Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
     weight_decay : float, default 0.1
     """
-    outer = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in outer]
-    inner = {id(p) for p in matrices}
-    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in inner]
+    layers = {id(p) for stack in module.modules() if isinstance(stack, nn.ModuleList) for p in stack.parameters()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() == 2 and id(p) in layers]
+    rest = [p for p in trained if p.dim() != 2 or id(p) not in layers]
     chosen: list[torch.optim.Optimizer] = []
     if matrices:
         chosen.append(
