@@ -43,9 +43,7 @@ class Forced(LogitsProcessor):
 
 def generate(model: Any, prompt: Tensor, count: int, **options: Any) -> tuple[Tensor, float]:
     start = time.perf_counter()
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, **options
-    )
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
     return out, time.perf_counter() - start
 
 
@@ -100,12 +98,13 @@ def main() -> None:
     add("--confidence", default="margin", help="measure; default margin")
     add("--thresholds", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="default 0.5 0.7 0.9")
     add("--rows", type=int, default=64, help="of held-out text, 256 tokens each; default 64")
-    add("--rounds", type=int, default=8, help="of the races; default 8")
+    add("--rounds", type=int, default=8, help="of the races, 0: none; default 8")
     add("--count", type=int, default=96, help="new tokens in a race; default 96")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model.generation_config.eos_token_id = None  # rows go on to the same length on both sides
     exits = [int(e) for e in args.exits.split(",")]
     tokens = np.load(args.tokens, mmap_mode="r")
     starts = np.linspace(0, len(tokens) - 257, args.rows).astype(int)
@@ -129,7 +128,7 @@ def main() -> None:
 
     columns = ("rows", "mode", "threshold", "full tokens/s", "CALM tokens/s", "ratio", "layers/token", "agreement")
     table = Table(*columns, title=f"Generation, {torch.get_num_threads()} threads, {args.dtype}")
-    for batch in (1, 8):
+    for batch in (1, 8) if args.rounds else ():
         prompts = [text[torch.arange(k * batch, (k + 1) * batch) % len(text), :PROMPT] for k in range(args.rounds)]
         for mode in ("greedy", "sampled"):
             for t, recipe in recipes.items():
@@ -138,7 +137,8 @@ def main() -> None:
                 agreement = f"{f['agreement']:.1%}" if mode == "greedy" else "-"
                 speed = (f"{f['full']:.0f}", f"{f['early']:.0f}", f"{f['ratio']:.2f}x")
                 table.add_row(str(batch), mode, str(t), *speed, f"{f['layers']:.2f}", agreement)
-    show(table)
+    if args.rounds:
+        show(table)
     if args.json:
         args.json.write_text(json.dumps(found, indent=2))
 
