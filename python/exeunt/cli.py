@@ -1,4 +1,4 @@
-"""The command line: ``exeunt demo`` and ``exeunt info``."""
+"""The command line: ``exeunt demo``, ``exeunt train`` and ``exeunt info``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 
 from exeunt import confidence, files, info, policies, recipes
+from exeunt.training.objectives import TERMS as OBJECTIVES
 
 __all__ = ["main"]
 
@@ -47,6 +48,26 @@ examples:
   exeunt demo
   exeunt demo --confidence margin --threshold 0.8
   exeunt demo --prompt "Who wrote Hamlet?" --tokens 24 --png answer.png
+"""
+
+
+TRAIN = """\
+Train the exits of a causal language model on text: what a token needs to leave after a layer before the last one.
+
+By default the model stays as it is and every exit gets a translator, which takes its state to where the model's head
+reads it, and, where the objective has the term, a probe, which says how far to trust it. The model runs over the text
+once; its states are kept on disk. --train last-2 or all trains layers of the model as well.
+
+Stopped at any moment, the same command goes on where it was. The result, exits.safetensors, is loaded with
+exeunt.heads.ExitHeads.load(file, model.config).
+"""
+TRAIN_END = """\
+objective: terms joined by +, each with a factor or without
+{terms}
+
+examples:
+  exeunt train --model smollm2 --data manual.txt --exits 12,18,24 --out exits
+  exeunt train --model ./llama --data texts/ --exits 8,16 --objective "ce + 0.5*kl" --train all --bf16 --out trained
 """
 
 
@@ -85,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("exeunt", description="Early-exit inference for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | info")
     raw = argparse.RawDescriptionHelpFormatter
 
     measures = "\n".join(f"  {name:<12} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
@@ -105,6 +126,28 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--html", type=Path, metavar="FILE", help="also write the picture as an HTML page")
     demo.add_argument("--png", type=Path, metavar="FILE", help="also write the picture as a PNG image")
     demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="train exits of a language model on text",
+        description=TRAIN,
+        epilog=TRAIN_END.format(terms="\n".join(f"  {name:<12} {what}" for name, what in OBJECTIVES.items())),
+        formatter_class=raw,
+    )
+    train.add_argument("--model", required=True, metavar="FOLDER", help="a transformers model, or smollm2")
+    train.add_argument("--data", required=True, type=Path, metavar="PATH", help="text file, or folder of *.txt files")
+    train.add_argument("--exits", required=True, type=_layers, metavar="E,E", help="layers to leave after, from 0 on")
+    train.add_argument("--objective", default="kl + probe", metavar="TERMS", help="what to make small (kl + probe)")
+    train.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for the result and what leads to it")
+    train.add_argument("--train", default="heads", metavar="WHAT", help="heads, last-K (layers) or all (heads)")
+    train.add_argument("--steps", type=_positive, default=1500, metavar="N", help="training steps (1500)")
+    train.add_argument("--batch", type=_positive, default=512, metavar="N", help="tokens of a step (512)")
+    train.add_argument("--tokens", type=_positive, metavar="N", help="read so many tokens of the text at most (all)")
+    train.add_argument("--length", type=_positive, default=256, metavar="N", help="tokens read in one piece (256)")
+    train.add_argument("--learning-rate", type=float, metavar="X", help="its peak (0.01 for heads, 0.0003 else)")
+    train.add_argument("--bf16", action="store_true", help="compute in bfloat16: half the size, faster on many CPUs")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="of order and dropout (0)")
+    train.set_defaults(run=_train)
 
     what = commands.add_parser("info", help="versions, kernels, threads and devices", description=info.__doc__)
     what.add_argument("--json", action="store_true", help="print JSON")
@@ -160,17 +203,69 @@ def _demo(args: argparse.Namespace) -> None:
             files.write(args.png, picture.png(outcome, title))
 
 
+def _train(args: argparse.Namespace) -> None:
+    with _refusing():
+        for package in ("transformers", "safetensors", "rich"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f"this needs {package}: pip install exeunt[train]")
+        text = _text(args.data)  # before the model is loaded
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from exeunt import smollm2
+        from exeunt.training import HEADS_FILE, tokenised, train_exits
+
+        with _quiet():
+            # Recorded states follow the model's dtype; a model that is trained keeps float32 parameters.
+            dtype = torch.bfloat16 if args.bf16 and args.train == "heads" else torch.float32
+            if args.model == "smollm2":
+                model, tokenizer = smollm2.load(dtype, progress=sys.stderr.isatty())
+            elif Path(args.model).is_dir():
+                model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+            else:
+                raise ValueError(f"--model must be smollm2 or a folder with a model, got {args.model}")
+            train, held_out = tokenised(tokenizer, text, args.length, args.tokens)
+            heads = train_exits(
+                model,
+                train,
+                args.exits,
+                args.objective,
+                args.out,
+                held_out={"held_out": held_out},
+                which=args.train,
+                steps=args.steps,
+                batch=args.batch,
+                learning_rate=args.learning_rate,
+                bf16=args.bf16,
+                seed=args.seed,
+            )
+    for layer, figures in json.loads(heads.metadata["held_out"])["held_out"].items():
+        name = f"exit {layer}" if int(layer) in heads else "full depth"
+        print(f"{name}: perplexity {figures['perplexity']:.2f}, agreement {figures['agreement']:.1%} on held-out text")
+    print(f"wrote {args.out / HEADS_FILE}")
+
+
+def _text(path: Path) -> list[str]:
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--data must be a text file or a folder of *.txt files, got {path}, which has none")
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on how it is called."""
+    """Without transformers' remarks on how it is called, and without its progress bars, which take no time."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class _Refused(Exception):
@@ -181,7 +276,7 @@ class _Refused(Exception):
 def _refusing() -> Iterator[None]:
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
         raise _Refused(str(error)) from error
 
 
@@ -195,6 +290,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
     return value
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layers such as 8,12,16, got {text!r}") from None
 
 
 def _check_writable(path: Path | None) -> None:

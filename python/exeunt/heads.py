@@ -25,7 +25,7 @@ FORMAT = "exeunt.heads"
 FORMAT_VERSION = "1"
 
 
-def _rms_normalized(h: Tensor, eps: float) -> Tensor:
+def rms_normalized(h: Tensor, eps: float = 1e-6) -> Tensor:
     """`h` in float32 with a root mean square of one along its last axis."""
     h = h.float()
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
@@ -69,7 +69,7 @@ class Translator(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Translate `h`."""
-        x = _rms_normalized(h, self.eps).to(self.weight.dtype) * self.weight
+        x = rms_normalized(h, self.eps).to(self.weight.dtype) * self.weight
         return h + self.down(F.silu(self.up(x))).to(h.dtype)
 
 
@@ -105,7 +105,11 @@ class Probe(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Probability for each state in `h`."""
-        return torch.sigmoid(_rms_normalized(h, self.eps) @ self.weight + self.bias)
+        return torch.sigmoid(self.logit(h))
+
+    def logit(self, h: Tensor) -> Tensor:
+        """Log-odds for each state in `h`."""
+        return rms_normalized(h, self.eps) @ self.weight + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Probe:
         # `.to()`, `.half()` and `.cuda()` of any module around this one end here: follow the device only.

@@ -1,0 +1,147 @@
+"""What the small LM's exits are worth: on held-out text at every exit, and on the clock with CALM.
+
+    python benchmarks/small_lm.py --model small-lm/model --tokens small-lm/held_out.npy
+
+Three tables. Perplexity and agreement with full depth at every exit. CALM under teacher forcing: the text's own tokens
+are fed, and each next token that CALM would have chosen is compared with that of the model alone on the same prefix, so
+that what skipped layers did to keys and values counts. CALM in free generation, greedy and sampled: tokens/s against
+full depth, both sides taking turns in one run, median of the ratios, and how many of its greedy tokens full depth would
+have chosen after the same prefix.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LogitsProcessor
+
+import exeunt
+from exeunt.training import Joint, judge, parse, summary
+
+PROMPT = 64
+
+
+class Forced(LogitsProcessor):
+    """Make `generate` say a given text, noting what it would have said: `would` is a list of [B]."""
+
+    def __init__(self, text: Tensor) -> None:
+        self.text, self.would = text, []
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.would.append(scores.argmax(-1))
+        forced = torch.full_like(scores, -float("inf"))
+        return forced.scatter_(1, self.text[:, ids.shape[1], None], 0.0)
+
+
+def generate(model: Any, prompt: Tensor, count: int, **options: Any) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
+    return out, time.perf_counter() - start
+
+
+def at_every_exit(model: Any, text: Tensor, exits: list[int]) -> dict[str, Any]:
+    joint = Joint(model, exits, parse("ce", [*exits, len(model.model.layers) - 1]))
+    with torch.no_grad():
+        return summary(judge(joint.depths(ids[:, :-1]), ids[:, 1:].flatten(), None) for ids in text.split(8))
+
+
+def forced(model: Any, recipe: Any, text: Tensor) -> dict[str, float]:
+    """Next-token agreement with the model alone, and layers for a token, over given text."""
+    with torch.no_grad():
+        alone = model(text[:, :-1]).logits.argmax(-1)[:, PROMPT:]  # of what is said in decoding steps
+    watch = Forced(text)
+    with exeunt.attach(model, recipe) as early:
+        generate(model, text[:, :PROMPT], text.shape[1] - PROMPT, do_sample=False, logits_processor=[watch])
+        report = early.report()
+    would = torch.stack(watch.would[1:], 1)  # the first comes from the prompt's own forward
+    return {"agreement": (would == alone).float().mean().item(), "layers": report.layers_per_token}
+
+
+def race(model: Any, recipe: Any, prompts: list[Tensor], count: int, sample: bool) -> dict[str, float]:
+    """Tokens/s of both sides and layers for a token."""
+    speeds: dict[str, list[float]] = {"full": [], "early": []}
+    agrees, layers = [], []
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 50} if sample else {"do_sample": False}
+    for turn, prompt in enumerate([prompts[0], *prompts]):  # the first warms up
+        for side in ("full", "early") if turn % 2 else ("early", "full"):
+            torch.manual_seed(turn)
+            if side == "full":
+                out, seconds = generate(model, prompt, count, **options)
+            else:
+                with exeunt.attach(model, recipe) as early:
+                    out, seconds = generate(model, prompt, count, **options)
+                    layers.append(early.report().layers_per_token)
+                with torch.no_grad():
+                    chosen = model(out[:, :-1]).logits.argmax(-1)[:, PROMPT:]
+                agrees.append((chosen == out[:, PROMPT + 1 :]).float().mean().item())
+            if turn:
+                speeds[side].append(prompt.shape[0] * count / seconds)
+    ratio = statistics.median(e / f for e, f in zip(speeds["early"], speeds["full"], strict=True))
+    return {"full": statistics.median(speeds["full"]), "early": statistics.median(speeds["early"]), "ratio": ratio,
+            "layers": statistics.mean(layers[1:]), "agreement": statistics.mean(agrees[1:])}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of the model")
+    add("--tokens", type=Path, required=True, help="held-out token ids, *.npy")
+    add("--exits", default="1,3,5,7,9", help="0-based layers; default 1,3,5,7,9")
+    add("--confidence", default="margin", help="measure; default margin")
+    add("--thresholds", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="default 0.5 0.7 0.9")
+    add("--rows", type=int, default=64, help="of held-out text, 256 tokens each; default 64")
+    add("--rounds", type=int, default=8, help="of the races, 0: none; default 8")
+    add("--count", type=int, default=96, help="new tokens in a race; default 96")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--json", type=Path, help="also write the figures there")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model.generation_config.eos_token_id = None  # rows go on to the same length on both sides
+    exits = [int(e) for e in args.exits.split(",")]
+    tokens = np.load(args.tokens, mmap_mode="r")
+    starts = np.linspace(0, len(tokens) - 257, args.rows).astype(int)
+    text = torch.from_numpy(np.stack([tokens[s : s + 257] for s in starts]).astype(np.int64))
+    show = Console().print
+    found: dict[str, Any] = {"every exit": at_every_exit(model, text, exits)}
+
+    table = Table("layers run", "perplexity", "agreement", title=f"Held-out text, {args.rows * 256} tokens")
+    for depth, f in found["every exit"].items():
+        table.add_row(str(int(depth) + 1), f"{f['perplexity']:.2f}", f"{f['agreement']:.1%}")
+    show(table)
+
+    recipes = {t: exeunt.recipes.calm(exits, t, confidence=args.confidence) for t in args.thresholds}
+    table = Table("threshold", "agreement", "layers/token", title=f"CALM ({args.confidence}), teacher forcing")
+    for t, recipe in recipes.items():
+        parts = [forced(model, recipe, part) for part in text[:, :256].split(8)]
+        f = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
+        found[f"forced {t}"] = f
+        table.add_row(str(t), f"{f['agreement']:.1%}", f"{f['layers']:.2f}")
+    show(table)
+
+    columns = ("rows", "mode", "threshold", "full tokens/s", "CALM tokens/s", "ratio", "layers/token", "agreement")
+    table = Table(*columns, title=f"Generation, {torch.get_num_threads()} threads, {args.dtype}")
+    for batch in (1, 8) if args.rounds else ():
+        prompts = [text[torch.arange(k * batch, (k + 1) * batch) % len(text), :PROMPT] for k in range(args.rounds)]
+        for mode in ("greedy", "sampled"):
+            for t, recipe in recipes.items():
+                f = race(model, recipe, prompts, args.count, mode == "sampled")
+                found[f"{mode} B={batch} {t}"] = f
+                agreement = f"{f['agreement']:.1%}" if mode == "greedy" else "-"
+                speed = (f"{f['full']:.0f}", f"{f['early']:.0f}", f"{f['ratio']:.2f}x")
+                table.add_row(str(batch), mode, str(t), *speed, f"{f['layers']:.2f}", agreement)
+    if args.rounds:
+        show(table)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Train a small language model whose early layers know the answer, from scratch, in an hour or two on one core.
+
+A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained with losses after
+layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last into the others.
+
+    python examples/train_small_lm.py --text text --out small-lm
+
+small_lm_text.py says where the text comes from. A run that was stopped goes on where it was, a finished one can be
+continued with more --steps, on another machine, too (on a GPU in minutes; with torchrun on several). Then
+benchmarks/small_lm.py says what the exits are worth on the clock.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import small_lm_text
+from exeunt.files import written
+from exeunt.training import (
+    CrossEntropy,
+    Distillation,
+    Joint,
+    Objective,
+    Windows,
+    depth_weights,
+    fit,
+    judge,
+    muon,
+    summary,
+)
+from exeunt.training.loop import digest
+
+LAYERS = 12
+EXITS = (1, 3, 5, 7, 9)  # 0-based: after 2, 4, ... layers
+END = "<|end|>"  # between documents
+LENGTH = 256  # tokens of a row
+BATCH = 16  # rows of a step
+EVERY = 40  # of so many documents one is held out
+
+CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": True,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+}
+TOKENIZER = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
+    "model_max_length": LENGTH,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    # It does not chat, it goes on.
+    "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+}
+
+
+def prepare(text: Path, out: Path) -> tuple[Any, Any]:
+    """Tokens to train on and held-out ones, written once beside the tokenizer."""
+    files = [out / "train.npy", out / "held_out.npy"]
+    if not all(file.exists() for file in files):
+        parts: tuple[list[str], list[str]] = ([], [])
+        for documents in small_lm_text.documents(text).values():
+            for i, document in enumerate(documents):
+                parts[i % EVERY == EVERY // 2].append(document + END)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=[END], initial_alphabet=alphabet)
+        tokenizer.train_from_iterator(parts[0], trainer)
+        tokenizer.save(str(out / "tokenizer.json"))
+        order = np.random.default_rng(0).permutation(len(parts[0]))
+        for file, documents in zip(files, ([parts[0][i] for i in order], parts[1]), strict=True):
+            ids = np.concatenate([np.array(e.ids, np.uint16) for e in tokenizer.encode_batch(documents)])
+            with written(file) as unfinished, open(unfinished, "wb") as stream:
+                np.save(stream, ids)
+    return tuple(np.load(file, mmap_mode="r") for file in files)  # type: ignore[return-value]
+
+
+def build(vocabulary: int) -> Any:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **CONFIG))
+
+
+@torch.no_grad()
+def measure(joint: Joint, tokens: Any) -> dict[str, dict[str, Any]]:
+    """Perplexity and agreement with full depth on 51,200 held-out tokens, by 0-based layer."""
+    starts = np.linspace(0, len(tokens) - LENGTH - 1, 200).astype(int)  # of all sources
+    rows = np.stack([tokens[start : start + LENGTH + 1] for start in starts]).astype(np.int64)
+    parts = torch.from_numpy(rows).to(next(joint.parameters()).device).split(8)
+    return summary(judge(joint.depths(ids[:, :-1]), ids[:, 1:].flatten(), None) for ids in parts)
+
+
+def show(measured: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table("layers run", "perplexity", f"agreement with {LAYERS}", title=title)
+    for layer, values in measured.items():
+        table.add_row(str(int(layer) + 1), f"{values['perplexity']:.2f}", f"{values['agreement']:.1%}")
+    Console().print(table)
+
+
+def save(out: Path, joint: Joint, vocabulary: int, metadata: dict[str, Any]) -> None:
+    """The model as an ordinary folder, in bfloat16: plain JSON, which old and new transformers read alike."""
+    folder = out / "model"
+    folder.mkdir(exist_ok=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, **CONFIG}
+    files = {"config": config, "tokenizer_config": TOKENIZER, "training": metadata}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
+    (folder / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
+    weights = {name: p.detach().bfloat16().cpu().contiguous() for name, p in joint.model.named_parameters()}
+    with written(folder / "model.safetensors") as unfinished:
+        safetensors.torch.save_file(weights, unfinished, {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", type=Path, default=Path("/"), help="where the packages were unpacked; default /, as installed")
+    add("--out", type=Path, required=True, help="folder for tokenizer, tokens, checkpoints and the model")
+    add("--steps", type=int, default=1600, help=f"of {BATCH * LENGTH} tokens; default 1600")
+    add("--learning-rate", type=float, default=3e-3, help="its peak; default 0.003")
+    add("--pieces", type=int, default=2, help="do a step in so many pieces; 1 on a GPU; default 2")
+    add("--float32", action="store_true", help="compute in float32 instead of bfloat16")
+    add("--seed", type=int, default=0, help="for weights and order; default 0")
+    add("--every", type=float, default=60, help="seconds between checkpoints; default 60")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    train, held_out = prepare(args.text, args.out)
+    vocabulary = Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size()
+    torch.manual_seed(args.seed)
+    objective = Objective(CrossEntropy(depth_weights("depth", [*EXITS, LAYERS - 1])), Distillation(0.1))
+    joint = Joint(build(vocabulary), EXITS, objective, bf16=not args.float32)
+    outcome = fit(
+        joint,
+        Windows(train, LENGTH, BATCH, args.seed),
+        args.out / "checkpoint",
+        steps=args.steps,
+        optimizers=muon(joint, args.learning_rate),
+        identity={"data": digest(train), "objective": repr(objective), "learning_rate": args.learning_rate},
+        pieces=args.pieces,
+        seed=args.seed,
+        every=args.every,
+        title="Small LM",
+    )
+    measured = measure(joint, held_out)
+    show(measured, f"Held-out text after {outcome['steps']} steps")
+    save(args.out, joint, vocabulary, outcome | {"data": small_lm_text.LICENCES, "held_out": measured})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: the last checkpoint is kept, the same command goes on from it.")

@@ -1,0 +1,48 @@
+"""Training exits: objectives, the loop that fits them, and what it fits."""
+
+from exeunt.training.exits import HEADS_FILE, train_exits
+from exeunt.training.loop import adamw, fit, muon, schedule
+from exeunt.training.measures import judge, summary
+from exeunt.training.modules import Joint, Recorded, select
+from exeunt.training.objectives import (
+    CrossEntropy,
+    Depth,
+    Distillation,
+    LayerwiseDistillation,
+    LogitTerm,
+    Objective,
+    ProbeLoss,
+    StateTerm,
+    depth_weights,
+    parse,
+)
+from exeunt.training.recording import Recording, record
+from exeunt.training.text import Windows, tokenised
+
+__all__ = [
+    "HEADS_FILE",
+    "CrossEntropy",
+    "Depth",
+    "Distillation",
+    "Joint",
+    "LayerwiseDistillation",
+    "LogitTerm",
+    "Objective",
+    "ProbeLoss",
+    "Recorded",
+    "Recording",
+    "StateTerm",
+    "Windows",
+    "adamw",
+    "depth_weights",
+    "fit",
+    "judge",
+    "muon",
+    "parse",
+    "record",
+    "schedule",
+    "select",
+    "summary",
+    "tokenised",
+    "train_exits",
+]

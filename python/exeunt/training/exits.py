@@ -1,0 +1,163 @@
+"""Training the exits of a causal language model, from its text to a file of exit heads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exeunt.heads import ExitHead, ExitHeads, Probe, Translator
+from exeunt.models import discover
+from exeunt.training.loop import adamw, digest, fit, muon
+from exeunt.training.measures import judge, summary
+from exeunt.training.modules import Joint, Recorded, check_exits, select
+from exeunt.training.objectives import ProbeLoss, parse
+from exeunt.training.recording import Recording, record, weights_digest
+from exeunt.training.text import Windows
+
+__all__ = ["HEADS_FILE", "train_exits"]
+
+HEADS_FILE = "exits.safetensors"
+
+
+def train_exits(
+    model: Any,
+    rows: Any,
+    exits: Iterable[int],
+    objective: str,
+    out: str | os.PathLike[str],
+    *,
+    held_out: Mapping[str, Any],
+    which: str = "heads",
+    steps: int = 1500,
+    batch: int = 512,
+    learning_rate: float | None = None,
+    bf16: bool = False,
+    seed: int = 0,
+    about: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> ExitHeads:
+    """Train exits and write them, with what they were trained on and how well they do, into a folder.
+
+    Called again with the same arguments it goes on where it was stopped.
+
+    Parameters
+    ----------
+    model : transformers model for causal language modelling
+        Left frozen with ``which="heads"``, trained in place otherwise.
+    rows : array
+        [R, S + 1] token ids to train on.
+    exits : iterable of int
+        0-based layers.
+    objective : str
+        As `parse` reads it, for example ``"kl + probe"``.
+    out : path
+        Folder; gets ``exits.safetensors`` and, where the model was trained, ``model/``. The checkpoint and the recorded
+        states (``states/``, which may be deleted afterwards) lie there as well.
+    held_out : Mapping[str, array]
+        By name, rows like `rows` to measure on.
+    which : str, default "heads"
+        ``heads``: a translator and, where the objective trains one, a probe for each exit, on recorded states.
+        ``last-K`` or ``all``: the last K layers or the whole model as well, on tokens; exits then use the model's head
+        without translators.
+    steps : int, default 1500
+    batch : int, default 512
+        Tokens of a step.
+    learning_rate : float, optional
+        Its peak. Default: 0.01 for heads, 0.0003 for a model.
+    bf16 : bool, default False
+        Train the model in bfloat16 (autocast); heads alone follow the dtype of their model.
+    seed : int, default 0
+    about : Mapping[str, str], optional
+        Kept with the heads, such as the licence of the data.
+    progress : bool, default True
+
+    Returns
+    -------
+    ExitHeads
+        As stored, their measures in ``metadata["held_out"]``.
+
+    Raises
+    ------
+    ValueError
+        At exits out of range, an unknown objective, too little data, or a folder of another run: one sentence.
+    FloatingPointError
+        At a loss that is not finite.
+    """
+    structure = discover(model)
+    exits = check_exits(exits, len(structure.layers))
+    goal = parse(objective, [*exits, len(structure.layers) - 1])
+    rows, out = np.asarray(rows), Path(out)
+    if not len(rows) or not held_out or not all(len(r) for r in held_out.values()):
+        raise ValueError("the data is too short: there must be rows to train on and held-out ones")
+    out.mkdir(parents=True, exist_ok=True)
+    frozen = which == "heads"
+    torch.manual_seed(seed)
+    heads = _heads(exits, structure.weight.shape[1], frozen, any(isinstance(t, ProbeLoss) for t in goal.terms))
+    rate = learning_rate or (1e-2 if frozen else 3e-4)
+    identity = {
+        "model": weights_digest(model),
+        "data": digest(np.ascontiguousarray(rows, np.int64)),
+        "exits": list(exits),
+        "objective": objective,
+        "train": which,
+        "batch": batch,
+        "learning_rate": rate,
+    }
+    common: Any = {"steps": steps, "identity": identity, "seed": seed, "progress": progress}
+    if frozen:
+        model.requires_grad_(False)
+        states = record(model, rows, exits, out / "states" / "train", progress=progress)
+        recorded = Recorded(structure, heads, goal)
+        batches = states.batches(range(len(states)), batch, seed)
+        outcome = fit(recorded, batches, out / "checkpoint", optimizers=adamw(recorded, rate), **common)
+        heads.to(structure.weight)
+        measured = {
+            name: _measured(recorded, record(model, some, exits, out / "states" / name, progress=progress))
+            for name, some in held_out.items()
+        }
+    else:
+        length = rows.shape[1] - 1
+        joint = Joint(model, exits, goal, heads, bf16)
+        select(joint, which)
+        windows = Windows(rows[:, :-1].ravel(), length, max(1, batch // length), seed)
+        optimizers = muon(joint, rate) if which == "all" else adamw(joint, rate)
+        outcome = fit(joint, windows, out / "checkpoint", optimizers=optimizers, **common)
+        measured = {name: _measured_joint(joint, some) for name, some in held_out.items()}
+        model.save_pretrained(out / "model")
+    heads.metadata = {
+        **(about or {}),
+        **{name: str(value) for name, value in identity.items()},
+        "steps": str(outcome["steps"]),
+        "seed": str(seed),
+        "seconds": f"{outcome['seconds']:.0f}",
+        "tokens": str(rows.shape[0] * (rows.shape[1] - 1)),
+        "held_out": json.dumps(measured),
+    }
+    heads.save(out / HEADS_FILE, model.config)
+    return heads
+
+
+def _heads(exits: tuple[int, ...], width: int, translators: bool, probes: bool) -> ExitHeads:
+    return ExitHeads(
+        {e: ExitHead(Translator(width) if translators else None, Probe(width) if probes else None) for e in exits}
+    )
+
+
+@torch.no_grad()
+def _measured(recorded: Recorded, states: Recording) -> dict[str, Any]:
+    device = recorded.structure.weight.device
+    parts = (states.read(range(k, min(k + 4096, len(states)))) for k in range(0, len(states), 4096))
+    return summary(judge(recorded.depths(h.to(device)), y.to(device), recorded.heads) for h, y in parts)
+
+
+@torch.no_grad()
+def _measured_joint(joint: Joint, rows: Any) -> dict[str, Any]:
+    device = joint.structure.weight.device
+    parts = torch.from_numpy(np.asarray(rows, np.int64)).to(device).split(8)
+    return summary(judge(joint.depths(ids[:, :-1]), ids[:, 1:].flatten(), joint.heads) for ids in parts)

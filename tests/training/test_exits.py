@@ -1,0 +1,272 @@
+"""Recording states, training exits on them, and the command that does both."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from exeunt import cli
+from exeunt.heads import ExitHead, ExitHeads, Probe, Translator
+from exeunt.models import discover
+from exeunt.training import (
+    HEADS_FILE,
+    Joint,
+    Objective,
+    Recorded,
+    loop,
+    parse,
+    record,
+    recording,
+    select,
+    tokenised,
+    train_exits,
+)
+
+EXITS = [0, 2]
+
+
+def tiny(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def rows(count, length=12, seed=0):
+    return np.random.default_rng(seed).integers(60, size=(count, length + 1))
+
+
+def expected_states(model, ids):
+    """By transformers' own account of its hidden states."""
+    with torch.no_grad():
+        out = model.model(input_ids=torch.from_numpy(ids[:, :-1]), output_hidden_states=True, use_cache=False)
+    states = [out.hidden_states[e + 1] for e in EXITS] + [out.last_hidden_state]
+    return torch.stack(states, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recorded_states_are_the_models(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(recording, "CHUNK", 4)
+    model, ids = tiny(dtype=dtype), rows(10)
+    states = record(model, ids, EXITS, tmp_path, batch=4, progress=False)
+    assert len(list(tmp_path.glob("states-*.npy"))) == 3 and len(states) == 120
+    index = np.random.default_rng(1).permutation(120)
+    got, labels = states.read(index)
+    assert got.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05  # batches differ
+    torch.testing.assert_close(got, expected_states(model, ids)[index], rtol=0, atol=tolerance)
+    assert np.array_equal(labels, ids[:, 1:].ravel()[index])
+
+
+def test_a_killed_recording_goes_on_behind_its_last_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "CHUNK", 2)
+    model, ids = tiny(), rows(8)
+    whole = record(model, ids, EXITS, tmp_path / "whole", progress=False).read(range(96))[0]
+    plain, ran = recording._states, []
+
+    def dies(*args):
+        ran.append(1)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(recording, "_states", dies)
+    with pytest.raises(KeyboardInterrupt):
+        record(model, ids, EXITS, tmp_path / "killed", progress=False)
+    states = record(model, ids, EXITS, tmp_path / "killed", progress=False)
+    assert len(ran) == 5, "chunks that were there are not made again"
+    assert torch.equal(states.read(range(96))[0], whole)
+
+
+def test_states_of_another_model_or_text_are_refused(tmp_path):
+    model, ids = tiny(), rows(3)
+    record(model, ids, EXITS, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds states of another model: expected"):
+        record(tiny(seed=1), ids, EXITS, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds states of other text: expected"):
+        record(model, rows(3, seed=1), EXITS, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"holds states of other exits: expected \[1\], got \[0, 2\]$"):
+        record(model, ids, [1], tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("exits", [[3], [-1, 1], []])
+def test_exits_out_of_range_are_refused(tmp_path, exits):
+    sentence = rf"^exits must lie in 0\.\.2 for a model of 4 layers, got \{sorted(exits)}$".replace("\\[]", r"\[\]")
+    with pytest.raises(ValueError, match=sentence):
+        record(tiny(), rows(3), exits, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=sentence):
+        Joint(tiny(), exits, parse("ce", [1, 3]))
+
+
+def test_recorded_and_joint_see_the_same(tmp_path):
+    """Two ways to the same loss: states from disk, and the model run again."""
+    model, ids = tiny(), rows(4)
+    heads = ExitHeads({e: ExitHead(Translator(32), Probe(32)) for e in EXITS})
+    for e in EXITS:
+        torch.nn.init.normal_(heads[e].translator.down.weight, std=0.1)
+    goal = parse("ce + 0.3*kl + 0.2*reverse-kl + probe + 0.1*layer", [*EXITS, 3])
+    states, labels = record(model, ids, EXITS, tmp_path, progress=False).read(range(48))
+    with torch.no_grad():
+        recorded = Recorded(discover(model), heads, goal)((states, labels))
+        joint = Joint(model, EXITS, goal, heads)(torch.from_numpy(ids))
+    assert recorded.item() == pytest.approx(joint.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "which, trained",
+    [
+        ("heads", {"heads"}),
+        ("last-1", {"heads", "model.layers.3", "model.norm", "lm_head"}),
+        ("all", {"heads", "model", "lm_head"}),
+    ],
+)
+def test_select(which, trained):
+    joint = Joint(tiny(), EXITS, parse("ce", [*EXITS, 3]), ExitHeads({0: ExitHead(probe=Probe(32))}))
+    select(joint, which)
+    for name, parameter in joint.named_parameters():
+        name = name.removeprefix("model.")
+        assert parameter.requires_grad == name.startswith(tuple(trained)), name
+
+
+@pytest.mark.parametrize("which", ["last-0", "last-5", "last", "none"])
+def test_select_refuses(which):
+    joint = Joint(tiny(), EXITS, parse("ce", [*EXITS, 3]))
+    with pytest.raises(ValueError, match=rf"heads, last-K with K in 1\.\.4, or all, got '{which}'$"):
+        select(joint, which)
+
+
+def test_trained_translators_agree_more_than_none(tmp_path):
+    model, text = tiny(), rows(80)
+    kept = [p.clone() for p in model.parameters()]
+    heads = train_exits(model, text, EXITS, "kl + probe", tmp_path / "out", held_out={"test": rows(10, seed=1)},
+                        steps=150, batch=64, progress=False, about={"licence": "none"})  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True)), "the model stays as it is"
+    none = record(model, rows(10, seed=1), EXITS, tmp_path / "none", progress=False)
+    states, labels = none.read(range(len(none)))
+    bare = Recorded(discover(model), ExitHeads({e: ExitHead() for e in EXITS}), parse("kl", [*EXITS, 3]))
+    before = {e: agrees.float().mean().item() for e, agrees in bare.measured((states, labels))[1].items()}
+    stored = ExitHeads.load(tmp_path / "out" / HEADS_FILE, model.config)
+    figures = json.loads(stored.metadata["held_out"])["test"]
+    for e in EXITS:
+        assert figures[str(e)]["agreement"] > before[e]
+        assert set(figures[str(e)]) == {"agreement", "perplexity", "margin", "probe"}
+        assert stored[e].probe.weight.abs().sum() > 0
+    assert figures["3"]["agreement"] == 1.0
+    for name in ("model", "data", "objective", "steps", "seed", "licence"):
+        assert stored.metadata[name]
+    again = train_exits(model, text, EXITS, "kl + probe", tmp_path / "out", held_out={"test": rows(10, seed=1)},
+                        steps=150, batch=64, progress=False)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(heads.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ValueError, match="belongs to another run: expected objective kl \\+ probe, got kl$"):
+        train_exits(model, text, EXITS, "kl", tmp_path / "out", held_out={"test": rows(10, seed=1)},
+                    steps=150, batch=64, progress=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["last-1", "all"])
+def test_a_model_trained_with_its_exits_learns(tmp_path, which):
+    pattern = np.tile(np.arange(60), 60)[: 60 * 13].reshape(60, 13)  # what follows is certain
+    model = tiny()
+    train_exits(model, pattern, EXITS, "ce", tmp_path, held_out={"test": pattern[:10]}, which=which, steps=60,
+                batch=96, learning_rate=0.01, progress=False)  # fmt: skip
+    figures = json.loads(ExitHeads.load(tmp_path / HEADS_FILE, model.config).metadata["held_out"])["test"]
+    assert figures["3"]["perplexity"] < 30 < 60
+    reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reloaded.parameters(), strict=True))
+
+
+def test_objectives_are_read_and_refused():
+    goal = parse("ce:sum + 0.5*kl", [1, 3])
+    assert goal.terms[0].weights == {1: 1.0, 3: 1.0} and goal.terms[1].weight == 0.5
+    assert isinstance(goal, Objective)
+    for text in ("", "mse", "-1*kl", "x*kl", "nan*kl", "kl:sum", "kl +"):
+        with pytest.raises(ValueError, match="objective terms must be ce, kl, reverse-kl, probe, layer"):
+            parse(text, [1, 3])
+    with pytest.raises(ValueError, match="'sum', 'depth' or 'final', got 'x'"):
+        parse("ce:x", [1, 3])
+
+
+def test_too_little_text_is_refused(tmp_path):
+    def tokenizer(text, verbose):
+        return type("Encoding", (), {"input_ids": list(text.encode())})
+
+    train, held_out = tokenised(tokenizer, ["a" * 300], 10)
+    assert train.shape == (27, 11) and held_out.shape == (3, 11)
+    assert len(tokenised(tokenizer, ["a" * 300], 10, tokens=150)[0]) == 13
+    with pytest.raises(ValueError, match="the data is too short: expected 10 rows of 50 tokens and one, got 302"):
+        tokenised(tokenizer, ["a" * 300], 50)
+    with pytest.raises(ValueError, match="the data is too short: a batch has 512 tokens, got 36"):
+        train_exits(tiny(), rows(3), EXITS, "kl", tmp_path, held_out={"a": rows(1)}, progress=False)
+    with pytest.raises(ValueError, match="the data is too short: there must be rows to train on and held-out ones"):
+        train_exits(tiny(), rows(3), EXITS, "kl", tmp_path / "b", held_out={}, progress=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny().save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    tokenizer.train_from_iterator([TEXT], trainers.WordLevelTrainer(vocab_size=60, special_tokens=["?"]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+TEXT = "we few we happy few we band of brothers for he today that sheds his blood with me shall be my brother " * 40
+
+
+def command(saved, out, **options):
+    given = {"model": saved, "data": saved / "text.txt", "exits": "0,2", "steps": 20, "batch": 64, "length": 16}
+    given |= {"out": out} | options
+    return ["train", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
+
+
+def test_command(saved, tmp_path, capsys):
+    assert cli.main(command(saved, tmp_path / "out")) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said[:3]] == ["exit 0", "exit 2", "full depth"]
+    assert said[3] == f"wrote {tmp_path / 'out' / HEADS_FILE}"
+    assert list(ExitHeads.load(tmp_path / "out" / HEADS_FILE, tiny().config)) == EXITS
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"exits": "0,3"}, "exits must lie in 0..2 for a model of 4 layers, got [0, 3]"),
+        ({"objective": "ce + x"}, "objective terms must be"),
+        ({"train": "some"}, "what to train must be"),
+        ({"model": "nowhere"}, "--model must be smollm2 or a folder with a model, got nowhere"),
+        ({"data": "nowhere"}, "No such file or directory: 'nowhere'"),
+        ({"length": 5000}, "the data is too short"),
+        ({"batch": 100000}, "the data is too short"),
+    ],
+)
+def test_command_refuses_in_one_sentence(saved, tmp_path, capsys, options, sentence):
+    assert cli.main(command(saved, tmp_path / "out", **options)) == 2
+    said = capsys.readouterr().err.strip()
+    assert sentence in said and len(said.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(saved, tmp_path, capsys, monkeypatch):
+    def nan(self, batch):
+        return batch[0].float().sum() * float("nan")
+
+    monkeypatch.setattr(Recorded, "forward", nan)
+    assert cli.main(command(saved, tmp_path)) == 2
+    assert "the loss of batch 0 of 20 is nan" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(saved, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.os, "replace", full)
+    assert cli.main(command(saved, tmp_path)) == 2
+    said = capsys.readouterr().err.strip()
+    assert "could not be written (No space left on device), nothing was written" in said
+    assert len(said.splitlines()) == 1 and not list(tmp_path.rglob(".*"))
