@@ -30,3 +30,11 @@ def isa(request):
     _backend.cpu.select_isa(request.param)
     yield request.param
     _backend.cpu.select_isa(chosen)
+
+
+@pytest.fixture
+def isas():
+    """The same instruction sets, one after the other within the test: `for isa in isas`."""
+    chosen = _backend.cpu.isa()
+    yield filter(_backend.cpu.select_isa, available_isas())
+    _backend.cpu.select_isa(chosen)
