@@ -80,6 +80,9 @@ def test_what_is_not_finite_stays_in_its_row(isa):
     got = ops.probe(hidden, torch.ones(32), norm="rms")
     assert torch.isnan(got[2]) and torch.equal(got[[0, 1, 3]], clean[[0, 1, 3]])
     assert torch.isnan(ops.saturation(hidden, torch.ones(4, 32))[2])
+    for activation in ("none", "tanh", "relu", "sigmoid"):
+        got = ops.small_head(hidden, torch.ones(2, 5), pooler_weight=torch.ones(5, 32), activation=activation)
+        assert torch.isnan(got).all(1).tolist() == [False, False, True, False]
     far = ops.probe(torch.tensor([[1e6], [-1e6]]), torch.ones(1))
     assert far.tolist() == [1.0, pytest.approx(0.0, abs=1e-30)]
 
