@@ -3,13 +3,12 @@
 ``python killing.py FOLDER SEED`` prints how often it killed; the checkpoint in FOLDER is then to be compared.
 """
 
-import math
+import itertools
 import os
 import random
 import signal
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -43,34 +42,36 @@ def run(folder, steps=STEPS, every=0.0, **more):
     return net, fit(net, batches, f"{folder}/run", steps=steps, optimizers=muon(net, 0.01), **options | more)
 
 
-def written(folder):
-    try:
-        return os.stat(f"{folder}/run").st_mtime_ns
-    except FileNotFoundError:
-        return 0
+def doomed(steps, delay):
+    """`batches`, whose steps-th call sets the moment of the fork's death, `delay` seconds on, without goodbye."""
+    plain, calls = batches, itertools.count(1)
+
+    def wrapped(step):
+        if next(calls) == steps:
+            signal.setitimer(signal.ITIMER_REAL, delay)  # SIGALRM, which nobody handles
+        return plain(step)
+
+    return wrapped
 
 
 def main(folder, seed):
+    global batches
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as elsewhere:
         run(elsewhere, steps=1)  # imports what is imported late, once instead of in every fork
     chance, kills = random.Random(seed), 0
     while True:
+        # In steps, so that a slow machine does not change how often; the delay decides where in a step.
+        steps, delay = chance.randint(2, 10), chance.uniform(1e-5, 5e-3)
         child = os.fork()
         if not child:
+            batches = doomed(steps, delay)
             run(folder)
             os._exit(0)
-        before, deadline = written(folder), math.inf
-        while time.monotonic() < deadline:
-            if deadline == math.inf and written(folder) != before:  # it comes on, however slow the machine is
-                deadline = time.monotonic() + chance.uniform(0.0, 0.1)
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                print(kills if status == 0 else f"failed with {status}")
-                return
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            print(kills if status == 0 else f"failed with {status}")
+            return
         kills += 1
 
 
