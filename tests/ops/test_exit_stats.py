@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -290,3 +292,20 @@ def test_logits_out_is_the_raw_product_of_the_live_rows(isa, dtype, out_dtype):
 def test_peak_memory_does_not_grow_with_the_vocabulary():
     small, large = (_backend.cpu.exit_stats_workspace(0, 8, v, 64, 0, False, 2) for v in (100_000, 10_000_000))
     assert large <= 2 * small
+
+
+def test_peak_resident_memory_of_a_call_is_far_below_its_logits():
+    script = """
+import resource, torch, exeunt
+head, hidden = (torch.ones(n, 64, dtype=torch.bfloat16) for n in (151_936, 64))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exeunt.ops.exit_stats(hidden[:1], head[:2])
+before = peak()
+exeunt.ops.exit_stats(hidden, head)
+fused = peak()
+torch.nn.functional.linear(hidden, head).float()
+print(fused - before, peak() - fused)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fused, logits = (int(kilobytes) for kilobytes in found.stdout.split())
+    assert fused < 6_000 and logits > 40_000, "kilobytes; float32 logits alone are 38,000"
