@@ -22,7 +22,7 @@ using Vec = float __attribute__((vector_size(kLanes * 4)));
 using IVec = int32_t __attribute__((vector_size(kLanes * 4)));
 using UVec = uint32_t __attribute__((vector_size(kLanes * 4)));
 
-#define EXEUNT_INLINE static inline __attribute__((always_inline))
+#define EXEUNT_INLINE static inline __attribute__((always_inline, unused))  // not every ISA uses every kind
 
 template <class To, class From>
 EXEUNT_INLINE To bits(From from) {  // the same bits under another element type
