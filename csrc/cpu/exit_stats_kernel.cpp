@@ -129,7 +129,7 @@ void exit_stats_chunk(const ExitStatsChunkArgs& a) {
       const int count = static_cast<int>(a.end - vocab < kTile ? a.end - vocab : kTile);
       alignas(64) float bias[kTile];
       alignas(64) uint32_t vocabulary[kTile];
-      for (int i = 0; i < kTile; ++i) {
+      for (int i = 0; (p.head_bias.data || p.seeds) && i < kTile; ++i) {
         const int64_t at = i < count ? vocab + i : vocab, v = p.columns ? p.columns[at] : at;
         vocabulary[i] = static_cast<uint32_t>(v);
         bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;

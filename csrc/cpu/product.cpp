@@ -165,20 +165,30 @@ struct Bfloat16 : FloatKind {
   }
 };
 
-#if defined(__AVX512BF16__)
-// Sixteen pairs a register: two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
-struct Bfloat16Pairs : FloatKind {
-  static constexpr int64_t kBytes = 64, kRowBytes = 64;
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+// Weights and hidden rows that an instruction takes as they lie, a line at a time.
+template <class SumOf>
+struct LineKind {
+  using Sum = SumOf;
+  static constexpr int64_t kBytes = kLine, kRowBytes = kLine;
   struct Weight {
     __m512i v;
   };
   using Hidden = Weight;
+  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
   EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
   EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+// Sixteen pairs a register: two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
+struct Bfloat16Pairs : LineKind<Vec> {
+  static constexpr int kPlanes = 1;
   EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
     sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w.v, (__m512bh)x.v);
   }
+  EXEUNT_INLINE void finish(float*, const RowScale&, const Tile&) {}
   EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
     for (int64_t d = 0; d < width; ++d) reinterpret_cast<BFloat16*>(out)[d] = to_bfloat16(row[d]);
   }
@@ -186,17 +196,8 @@ struct Bfloat16Pairs : FloatKind {
 #endif
 
 #if defined(__AVX512VNNI__)
-struct Int8Planes {
-  using Sum = IVec;
+struct Int8Planes : LineKind<IVec> {
   static constexpr int kPlanes = 2;
-  static constexpr int64_t kBytes = 64, kRowBytes = 64;
-  struct Weight {
-    __m512i v;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
   EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
     sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, w.v, x.v);
   }
@@ -210,8 +211,7 @@ struct Int8Planes {
 };
 #endif
 
-// ---- the product of a tile with hidden rows, lanes along D
-// -----------------------------------------------------------
+// ---- the product of a tile with hidden rows, lanes along D -----------------------------------------------------
 
 // R x C sums over one line of C weight rows w_stride apart and R hidden rows x_stride apart.
 template <class K, int R, int C>
@@ -358,6 +358,7 @@ EXEUNT_INLINE auto with_product(DType weights, F&& f) {
       return f(VectorProduct<Float32>());
   }
 }
+
 }  // namespace
 
 int64_t rows_bytes(DType weights, int64_t rows, int64_t width) {

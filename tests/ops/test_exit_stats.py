@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from exeunt import ExitStats, ops, reference
 from exeunt.ops import _backend
+from exeunt.reference.exit_stats import normalised
 from op_inputs import make, norm_args
 
 pytestmark = pytest.mark.skipif(_backend.cpu is None, reason="exeunt._cpu is not built")
@@ -43,7 +44,8 @@ def truth(hidden, head, **kw):
     """Float64 statistics, those of the torch pipeline, and 4 ulp of the largest partial sum of a logit."""
     exact = reference.exit_stats(hidden.double(), head, **kw)
     # The largest partial sum of a logit is bounded by the sum of |w x|; that of a statistic by sumexp and weighted.
-    x = exact_norm(hidden.double(), kw).to(head.dtype).double()
+    norm = (kw.get(name) for name in ("norm", "norm_weight", "norm_bias"))
+    x = normalised(hidden.double(), *norm, kw.get("eps", 0.0), head.dtype)
     terms = (x.abs() @ head.double().abs().T).max().item() * abs(kw.get("scale", 1.0)) / kw.get("temperature", 1.0)
     slack = 4 * torch.finfo(torch.float32).eps * max(terms, float(exact.top1.abs().max()), 1.0)
     return exact, torch_pipeline(hidden, head, **kw), slack
@@ -64,17 +66,6 @@ def assert_close_to(got, expected, d):
     other = (got.argmax != exact.argmax).nonzero().flatten()
     for i in other.tolist():
         assert float(exact.top1[i] - exact.top2[i]) <= 2 * slack + torch.finfo(torch.float32).eps * d
-
-
-def exact_norm(x, kw):
-    if kw.get("norm") == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    if kw.get("norm"):
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + kw["eps"])
-    for name, op in (("norm_weight", torch.mul), ("norm_bias", torch.add)):
-        if kw.get(name) is not None:
-            x = op(x, kw[name].double())
-    return x
 
 
 SMALL = [(n, v, d) for n in (0, 1, 3, 17) for v in (2, 3, 35) for d in (31, 576)]

@@ -13,6 +13,9 @@ from torch import Tensor
 #: What the kernels take for hidden states, heads and parameters, as csrc/core/dtype.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+#: Norms as csrc/core/params.h numbers them.
+NORMS = {None: 0, "rms": 1, "layer": 2}
+
 _INT8 = 3  # of a PackedHead
 
 
@@ -50,6 +53,16 @@ def direct(hidden: Tensor, weight: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
     )
+
+
+def check_vector(op: str, name: str, vector: Tensor, size: int, hidden: Tensor) -> None:
+    """Raise unless it has that size, and a dtype and device that go with ``hidden``."""
+    if vector.shape != (size,):
+        raise ValueError(f"{op}: {name} must have shape [{size}], got {list(vector.shape)}")
+    if vector.dtype not in (torch.float32, hidden.dtype):
+        raise TypeError(f"{op}: {name} must be float32 or {hidden.dtype}, got {vector.dtype}")
+    if vector.device != hidden.device:
+        raise ValueError(f"{op}: {name} must be on {hidden.device} like hidden, got {vector.device}")
 
 
 def pointer(t: Tensor | None) -> int:

@@ -14,7 +14,6 @@ from exeunt.ops import _backend
 from exeunt.ops.packed_head import unpacked
 from exeunt.stats import ExitStats
 
-_NORMS = {None: 0, "rms": 1, "layer": 2}
 _empty, _float, _int = torch.empty, torch.float32, torch.int64
 
 
@@ -62,14 +61,14 @@ class Call(NamedTuple):
                 raise ValueError(f"exit_stats: head must have unit stride along D, got strides {head.stride()}")
         if head.device != device:
             raise ValueError(f"exit_stats: head must be on {device} like hidden, got {head.device}")
-        if self.norm not in _NORMS:
+        if self.norm not in _backend.NORMS:
             raise ValueError(f"exit_stats: norm must be None, 'rms' or 'layer', got {self.norm!r}")
         if self.head_bias is not None:
-            self._check_vector("head_bias", self.head_bias, v)
+            _backend.check_vector("exit_stats", "head_bias", self.head_bias, v, hidden)
         if self.norm_weight is not None:
-            self._check_vector("norm_weight", self.norm_weight, d)
+            _backend.check_vector("exit_stats", "norm_weight", self.norm_weight, d, hidden)
         if self.norm_bias is not None:
-            self._check_vector("norm_bias", self.norm_bias, d)
+            _backend.check_vector("exit_stats", "norm_bias", self.norm_bias, d, hidden)
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"exit_stats: eps must be finite and not negative, got {self.eps}")
         if not math.isfinite(self.scale):
@@ -84,15 +83,6 @@ class Call(NamedTuple):
             self._check_indices(n)
         if self.logits_out is not None:
             self._check_logits(n, v if self.columns is None else self.columns.shape[0])
-
-    def _check_vector(self, name: str, vector: Tensor, size: int) -> None:
-        hidden = self.hidden
-        if vector.shape != (size,):
-            raise ValueError(f"exit_stats: {name} must have shape [{size}], got {list(vector.shape)}")
-        if vector.dtype not in (_float, hidden.dtype):
-            raise TypeError(f"exit_stats: {name} must be float32 or {hidden.dtype}, got {vector.dtype}")
-        if vector.device != hidden.device:
-            raise ValueError(f"exit_stats: {name} must be on {hidden.device} like hidden, got {vector.device}")
 
     def _check_indices(self, n: int) -> None:
         m = n if self.rows is None else self.rows.shape[0]
@@ -183,7 +173,7 @@ class Call(NamedTuple):
             hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), weight, m, v, d,
             pointer(rows), rows is not None and rows.dtype == _int,
             pointer(self.live), self.live is not None and self.live.dtype == _int,
-            vector(bias), _NORMS[self.norm], vector(norm_weight), vector(norm_bias),
+            vector(bias), _backend.NORMS[self.norm], vector(norm_weight), vector(norm_bias),
             self.eps, self.scale, self.softcap or 0.0, self.temperature,
             pointer(logits), 0 if logits is None else _backend.DTYPES[logits.dtype],
             0 if logits is None else logits.stride(0), self.entropy, pointer(columns), pointer(target),

@@ -10,7 +10,6 @@ from torch import Tensor
 from exeunt import reference
 from exeunt.ops import _backend, _library
 
-_NORMS = {None: 0, "rms": 1, "layer": 2}
 _ACTIVATIONS = {"none": 0, "tanh": 1, "relu": 2, "sigmoid": 3}
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? pooler_weight, Tensor? pooler_bias, str activation, "
@@ -79,7 +78,7 @@ def small_head(
     torch.Size([4, 3])
     """
     args = (hidden, weight, bias, pooler_weight, pooler_bias, activation, final, norm, norm_weight, norm_bias, eps)
-    _check("small_head", *args)
+    _check(*args)
     if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
         return _forward(*args)
     return torch.ops.exeunt.small_head(*args)
@@ -184,7 +183,6 @@ def saturation(hidden: Tensor, previous: Tensor) -> Tensor:
 
 
 def _check(
-    op: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -199,52 +197,46 @@ def _check(
 ) -> None:
     shape = hidden.shape
     if len(shape) != 2:
-        raise ValueError(f"{op}: hidden must have shape [N, D], got {list(shape)}")
+        raise ValueError(f"small_head: hidden must have shape [N, D], got {list(shape)}")
     if hidden.dtype not in _backend.DTYPES:
-        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
+        raise TypeError(f"small_head: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
     d = inner = shape[1]
     if pooler_weight is not None:
-        _check_matrix(op, "pooler_weight", pooler_weight, d, hidden)
+        _check_matrix("pooler_weight", pooler_weight, d, hidden)
         inner = pooler_weight.shape[0]
         if pooler_weight.dtype != weight.dtype:
-            raise TypeError(f"{op}: pooler_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
+            raise TypeError(f"small_head: pooler_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
     elif pooler_bias is not None:
-        raise ValueError(f"{op}: pooler_bias needs a pooler_weight, got none")
-    _check_matrix(op, "weight", weight, inner, hidden)
+        raise ValueError("small_head: pooler_bias needs a pooler_weight, got none")
+    _check_matrix("weight", weight, inner, hidden)
     if bias is not None:
-        _check_vector(op, "bias", bias, weight.shape[0], hidden)
+        _backend.check_vector("small_head", "bias", bias, weight.shape[0], hidden)
     if pooler_bias is not None:
-        _check_vector(op, "pooler_bias", pooler_bias, inner, hidden)
+        _backend.check_vector("small_head", "pooler_bias", pooler_bias, inner, hidden)
     if norm_weight is not None:
-        _check_vector(op, "norm_weight", norm_weight, d, hidden)
+        _backend.check_vector("small_head", "norm_weight", norm_weight, d, hidden)
     if norm_bias is not None:
-        _check_vector(op, "norm_bias", norm_bias, d, hidden)
+        _backend.check_vector("small_head", "norm_bias", norm_bias, d, hidden)
     if activation not in _ACTIVATIONS or final not in _ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}, {final!r}")
-    if norm not in _NORMS:
-        raise ValueError(f"{op}: norm must be None, 'rms' or 'layer', got {norm!r}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
-
-
-def _check_vector(op: str, name: str, vector: Tensor, size: int, hidden: Tensor) -> None:
-    if vector.shape != (size,):
-        raise ValueError(f"{op}: {name} must have shape [{size}], got {list(vector.shape)}")
-    if vector.dtype not in (torch.float32, hidden.dtype) or vector.device != hidden.device:
-        raise TypeError(
-            f"{op}: {name} must be float32 or {hidden.dtype} on {hidden.device}, got {vector.dtype} on {vector.device}"
+        raise ValueError(
+            f"small_head: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}, {final!r}"
         )
+    if norm not in _backend.NORMS:
+        raise ValueError(f"small_head: norm must be None, 'rms' or 'layer', got {norm!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"small_head: eps must be finite and not negative, got {eps}")
 
 
-def _check_matrix(op: str, name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
+def _check_matrix(name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
     if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] < 1:
-        raise ValueError(f"{op}: {name} must have shape [V, {inputs}] with V >= 1, got {list(weight.shape)}")
+        raise ValueError(f"small_head: {name} must have shape [V, {inputs}] with V >= 1, got {list(weight.shape)}")
     if weight.dtype not in (torch.float32, hidden.dtype) or weight.device != hidden.device:
         raise TypeError(
-            f"{op}: {name} must be float32 or {hidden.dtype} on {hidden.device}, got {weight.dtype} on {weight.device}"
+            f"small_head: {name} must be float32 or {hidden.dtype} on {hidden.device}, "
+            f"got {weight.dtype} on {weight.device}"
         )
     if inputs > 1 and weight.stride(1) != 1:
-        raise ValueError(f"{op}: {name} must have unit stride along its rows, got strides {weight.stride()}")
+        raise ValueError(f"small_head: {name} must have unit stride along its rows, got strides {weight.stride()}")
 
 
 def _forward(
@@ -279,8 +271,9 @@ def _forward(
     if pooler_weight is not None:
         pooler = (matrix(pooler_weight), vector(pooler_bias), inner, d, _ACTIVATIONS[activation])
     cpu.small_head(
-        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _NORMS[norm], vector(norm_weight),
-        vector(norm_bias), eps, pooler, (matrix(weight), vector(bias), v, inner, _ACTIVATIONS[final]),
+        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _backend.NORMS[norm],
+        vector(norm_weight), vector(norm_bias), eps, pooler,
+        (matrix(weight), vector(bias), v, inner, _ACTIVATIONS[final]),
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
