@@ -24,13 +24,11 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from exeunt import ops
 from exeunt.calibration import Calibration
-from exeunt.confidence import ExitPoint
-from exeunt.models import KeyValues, LayerCall, Structure, discover
+from exeunt.exit_points import ExitPoints
+from exeunt.models import KeyValues, LayerCall, Structure, discover, spread
 from exeunt.models.structure import CACHE_KEYWORD
 from exeunt.recipes import Recipe
 from exeunt.report import Report
@@ -38,7 +36,6 @@ from exeunt.step import Step
 
 if TYPE_CHECKING:
     from exeunt.cache import ExitCacheLayer, GenerationState
-    from exeunt.heads import ExitHead
 
 __all__ = ["Attached", "attach"]
 
@@ -129,10 +126,8 @@ class Attached:
             recipe = calibration.apply(model, recipe)
         self.model, self.recipe, self.calibration = model, recipe, calibration
         self.depth = len(self.structure.layers)
-        self._heads = {e: recipe.head(e) for e in recipe.exits}
-        self._check_recipe()
+        self._points = ExitPoints(self.structure, recipe)
         self._local = _UnderWay()
-        self._spare: Tensor | None = None  # a logits buffer that no caller holds
         self._undo: list[Callable[[], None]] = []
         self.reset_report()
         try:
@@ -165,31 +160,6 @@ class Attached:
         self._report = Report(layers=self.depth)
 
     # ---- putting it on
-
-    def _check_recipe(self) -> None:
-        outside = [e for e in self.recipe.exits if not 0 <= e <= self.depth - 2]
-        if outside:
-            raise ValueError(f"attach: exits must lie in 0..{self.depth - 2} for {self.depth} layers, got {outside}")
-        weight = self.structure.weight
-        if self.recipe.confidence.reads_head and weight.dtype not in ops.DTYPES:
-            kinds = " or ".join(str(t) for t in ops.DTYPES)
-            raise ValueError(
-                f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
-            )
-        for e, own in self._heads.items():
-            for part in (own.translator, own.probe):
-                if part is None:
-                    continue
-                if part.hidden_size != weight.shape[1]:
-                    raise ValueError(
-                        f"attach: expected exit heads of width {weight.shape[1]}, got {part.hidden_size} at exit {e}"
-                    )
-                dtype = weight.dtype if part is own.translator else torch.float32  # probes stay float32
-                if (part.weight.dtype, part.weight.device) != (dtype, weight.device):
-                    raise ValueError(
-                        f"attach: exit heads must be {dtype} on {weight.device} like the model, "
-                        f"got {part.weight.dtype} on {part.weight.device}: call heads.to(...)"
-                    )
 
     def _install(self) -> None:
         s = self.structure
@@ -274,7 +244,7 @@ class Attached:
         if state.full_depth:
             return None
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
-        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device)
+        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self._report)
         return local.step
 
     def _claim(self, state: GenerationState, cache: Any) -> None:
@@ -306,14 +276,15 @@ class Attached:
                 return stock(hidden, **kwargs)
             if step.running == step.batch:
                 out = stock(hidden, **kwargs)
-                after = out[0] if isinstance(out, tuple) else out
+                after, step.rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
             else:
-                after = out = self._ragged(i, LayerCall(stock, hidden, kwargs, step.take, step.seen), step)
+                after = self._ragged(i, LayerCall(stock, hidden, kwargs, step.take, step.seen), step)
+                out = after if step.rest is None else (after, *step.rest)
                 if not step.running:
                     return out
             self._report.layer_rows += step.running
             if checks:
-                self._check(i, step, hidden, after)
+                self._points.check(i, step, hidden, after)
             step.hidden = after
             return out
 
@@ -326,7 +297,10 @@ class Attached:
         if step.running:
             rows = step.rows
             assert rows is not None
-            after = after.index_copy(0, rows, call.pick(rows).run(lambda own: layer.append(own, rows)))
+            out = call.pick(rows).run(lambda own: layer.append(own, rows))
+            some, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+            after = after.index_copy(0, rows, some)
+            step.rest = spread(rest, rows, step.batch)
         if step.left is not None:
             layer.owe(step.token, call, step.left)
             if not self.recipe.state.lazy:
@@ -344,58 +318,6 @@ class Attached:
             if isinstance(layer, self._cache.ExitCacheLayer):
                 layer.settle()
 
-    # ---- exit points and logits
-
-    @torch.no_grad()
-    def _check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
-        """Score the running rows after layer i and let those go that the policy releases."""
-        own = self._heads[i]
-        hidden, previous = after[:, 0], before[:, 0]
-        stats = None
-        if self.recipe.confidence.reads_head:
-            stats = self._head_stats(self._exit_state(own, hidden, step), step)
-        if step.rows is not None:
-            hidden, previous = hidden[step.rows], previous[step.rows]
-        scores = self.recipe.confidence.score(ExitPoint(hidden, previous, own, stats))
-        if step.leave(self.recipe.policy.exits(scores, step.position), i):
-            step.state.exited = True
-
-    def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
-        """[B, D] states that go into the last norm; of the running rows only they matter."""
-        if own.translator is None or step.rows is None:
-            return own.state(hidden)
-        return hidden.index_copy(0, step.rows, own.state(hidden[step.rows]))
-
-    def _head_stats(self, state: Tensor, step: Step) -> Any:
-        """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
-        s = self.structure
-        weight = s.weight
-        if step.logits is None:
-            shape = (step.batch, weight.shape[0])
-            spare, self._spare = self._spare, None
-            fits = (
-                spare is not None
-                and (spare.shape, spare.dtype, spare.device) == (shape, state.dtype, state.device)
-                and spare.is_inference() == torch.is_inference_mode_enabled()
-            )
-            step.logits = spare if fits else state.new_empty(shape)
-        norm = s.final_norm
-        if norm is None:
-            state = s.normalise(state)
-        self._report.checks += 1
-        self._report.head_reads += 1
-        return ops.exit_stats(
-            state.detach(),
-            weight.detach(),
-            head_bias=getattr(s.head, "bias", None),
-            norm=norm.kind if norm else None,
-            norm_weight=norm.weight if norm else None,
-            norm_bias=norm.bias if norm else None,
-            eps=norm.eps if norm else 0.0,
-            rows=step.rows,
-            logits_out=step.logits,
-        )
-
     def _head(self, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of the output embedding, called after the final norm."""
         stock, local = module.forward, self._local
@@ -408,40 +330,11 @@ class Attached:
                 out = stock(normed, *args, **kwargs)
                 self._count_full()
                 return out
-            out = self._logits(stock, normed, step)
+            out = self._points.logits(stock, normed, step)
             self._count(step)
             return out
 
         return forward
-
-    def _logits(self, stock: Callable[..., Any], normed: Tensor, step: Step) -> Tensor:
-        """Logits [B, 1, V]: of the check for rows that left at one, of the stock head for the others."""
-        if step.running == step.batch:
-            self._spare = step.logits  # nobody left: the buffer was not handed out
-            self._report.head_reads += 1
-            return stock(normed)
-        if step.left is not None and step.logits is None:
-            normed = self._translate(normed, step)
-        out = step.logits
-        if out is None:
-            out = normed.new_empty(step.batch, self.structure.weight.shape[0])
-        if step.ended is not None:
-            out[step.ended] = 0.0
-        asking = [r for r in (step.rows, None if step.logits is not None else step.left) if r is not None and r.numel()]
-        if asking:
-            rows = torch.cat(asking)
-            out[rows] = stock(normed[rows])[:, 0]
-            self._report.head_reads += 1
-        return out[:, None]
-
-    def _translate(self, normed: Tensor, step: Step) -> Tensor:
-        """Normed states with those of rows that left without reading the head taken through their exit's translator."""
-        assert step.left is not None and step.hidden is not None
-        for layer, own in self._heads.items():
-            rows = step.left[step.depth[step.left] == layer]
-            if rows.numel() and own.translator is not None:
-                normed = normed.index_copy(0, rows, self.structure.normalise(own.state(step.hidden[rows])))
-        return normed
 
     # ---- counting
 

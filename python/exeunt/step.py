@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exeunt import ops
 from exeunt.models import RowTaker, stand_in
-from exeunt.report import FINISHED
+from exeunt.report import FINISHED, Report
 
 if TYPE_CHECKING:
     from exeunt.cache import GenerationState, Token
@@ -39,12 +39,21 @@ class Step:
         Tokens in the cache: the place of this step's token.
     device : torch.device
         Where the row indices live.
+    report : Report
+        What counts the step's reads of the head.
     """
 
     def __init__(
-        self, batch: int, depth: int, state: GenerationState, cache: Any, length: int, device: torch.device
+        self,
+        batch: int,
+        depth: int,
+        state: GenerationState,
+        cache: Any,
+        length: int,
+        device: torch.device,
+        report: Report,
     ) -> None:
-        self.batch, self.state, self.cache, self.length = batch, state, cache, length
+        self.batch, self.state, self.cache, self.length, self.report = batch, state, cache, length, report
         self.position = state.position(length)
         self.take = RowTaker(batch)
         self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
@@ -54,6 +63,7 @@ class Step:
         self.ended: Tensor | None = None
         self.logits: Tensor | None = None  # [B, V] once a check wrote some: then every row that left has its own
         self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
+        self.rest: tuple[Any, ...] | None = None  # what the last layer that ran returned beside its output, all rows
         self.started = time.perf_counter()
         if state.exited and state.finished is not None and not bool(state.finished.all()):
             self.leave(state.finished, FINISHED)

@@ -119,3 +119,10 @@ def test_row_taker_picks_what_has_a_batch_dimension():
     assert torch.equal(pair[0], mask[rows]) and pair[1] is shared
     other = torch.tensor([0])
     assert torch.equal(take(mask, other), mask[other]) and torch.equal(take(mask, rows), mask[rows])
+
+
+def test_what_some_rows_returned_is_laid_out_for_all():
+    rows, bias, shared = torch.tensor([2, 0]), torch.arange(1.0, 9.0).view(2, 1, 4), torch.ones(1, 1, 4)
+    got, same, nothing = models.spread((bias, shared, None), rows, 3)
+    assert torch.equal(got[rows], bias) and not got[1].any() and same is shared and nothing is None
+    assert models.spread(bias[:1], rows[:1], 3).shape == (1, 1, 4)  # one row's value serves that row everywhere

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exeunt.models.structure import CACHE_KEYWORD
 
-__all__ = ["KeyValues", "LayerCall", "RowTaker", "stand_in"]
+__all__ = ["KeyValues", "LayerCall", "RowTaker", "spread", "stand_in"]
 
 
 class _Captured(Exception):
@@ -117,8 +117,8 @@ class LayerCall:
             return found[0]
         raise RuntimeError(f"{self.forward!r} finished without handing keys and values to its cache")
 
-    def run(self, attend: Callable[[KeyValues], tuple[Tensor, Tensor]]) -> Tensor:
-        """Output [B, 1, D] of the layer.
+    def run(self, attend: Callable[[KeyValues], tuple[Tensor, Tensor]]) -> Any:
+        """What the layer returns: [B, 1, D], or a tuple that starts with it.
 
         ``attend`` gets their keys and values, stores them, and returns all the keys and values that they attend to.
         """
@@ -128,10 +128,22 @@ class LayerCall:
 
         self.cache.update = update
         try:
-            out = self.forward(self.hidden, **self.arguments)
+            return self.forward(self.hidden, **self.arguments)
         finally:
             del self.cache.update
-        return out[0] if isinstance(out, tuple) else out
+
+
+def spread(value: Any, rows: Tensor, batch: int) -> Any:
+    """What a layer returned for ``rows`` [n] of a batch, laid out for all its rows; the others' places are zero.
+
+    The counterpart of :class:`RowTaker`, for what a layer hands on to later ones beside its output (T5's position
+    bias). A first dimension of one serves any row and stays.
+    """
+    if isinstance(value, tuple):
+        return tuple(spread(v, rows, batch) for v in value)
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != len(rows) or len(rows) == 1:
+        return value
+    return value.new_zeros(batch, *value.shape[1:]).index_copy(0, rows, value)
 
 
 def stand_in(cache: Any, length: int) -> Any:

@@ -1,0 +1,168 @@
+"""The exit points of an attached model: what is read and decided there, and the logits of rows that left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from exeunt import ops
+from exeunt.confidence import ExitPoint
+from exeunt.models import Structure
+from exeunt.recipes import Recipe
+from exeunt.step import Step
+
+if TYPE_CHECKING:
+    from exeunt.heads import ExitHead
+
+__all__ = ["ExitPoints"]
+
+
+class ExitPoints:
+    """A recipe's exits on one model: the check after a layer, and the logits at the end of a decoding step.
+
+    An exited row reads the head once: a check that reads it keeps the logits in the step's buffer, and
+    :meth:`logits` hands them out instead of asking the stock head again.
+
+    Parameters
+    ----------
+    structure : Structure
+        The model's parts.
+    recipe : Recipe
+        What decides.
+
+    Raises
+    ------
+    ValueError
+        For exits outside 0..L-2, and for exit heads that do not fit the model in width, dtype or device.
+    """
+
+    def __init__(self, structure: Structure, recipe: Recipe) -> None:
+        self.structure, self.recipe = structure, recipe
+        self.heads = {e: recipe.head(e) for e in recipe.exits}
+        self._spare: Tensor | None = None  # a logits buffer that no caller holds
+        self._validate()
+
+    def _validate(self) -> None:
+        last = len(self.structure.layers) - 2
+        outside = [e for e in self.recipe.exits if not 0 <= e <= last]
+        if outside:
+            raise ValueError(f"attach: exits must lie in 0..{last} for {last + 2} layers, got {outside}")
+        weight = self.structure.weight
+        if self.recipe.confidence.reads_head and weight.dtype not in ops.DTYPES:
+            kinds = " or ".join(str(t) for t in ops.DTYPES)
+            raise ValueError(
+                f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
+            )
+        for e, own in self.heads.items():
+            for part in (own.translator, own.probe):
+                if part is None:
+                    continue
+                if part.hidden_size != weight.shape[1]:
+                    raise ValueError(
+                        f"attach: expected exit heads of width {weight.shape[1]}, got {part.hidden_size} at exit {e}"
+                    )
+                dtype = weight.dtype if part is own.translator else torch.float32  # probes stay float32
+                if (part.weight.dtype, part.weight.device) != (dtype, weight.device):
+                    raise ValueError(
+                        f"attach: exit heads must be {dtype} on {weight.device} like the model, "
+                        f"got {part.weight.dtype} on {part.weight.device}: call heads.to(...)"
+                    )
+
+    # ---- after a layer
+
+    @torch.no_grad()
+    def check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
+        """Score the running rows after layer i and let those go that the policy releases.
+
+        ``before`` and ``after`` are the layer's [B, 1, D] input and output.
+        """
+        own = self.heads[i]
+        hidden, previous = after[:, 0], before[:, 0]
+        stats = None
+        if self.recipe.confidence.reads_head:
+            stats = self._head_stats(self._exit_state(own, hidden, step), step)
+        if step.rows is not None:
+            hidden, previous = hidden[step.rows], previous[step.rows]
+        scores = self.recipe.confidence.score(ExitPoint(hidden, previous, own, stats))
+        if step.leave(self.recipe.policy.exits(scores, step.position), i):
+            step.state.exited = True
+
+    def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
+        """[B, D] states that go into the last norm; of the running rows only they matter."""
+        if own.translator is None or step.rows is None:
+            return own.state(hidden)
+        return hidden.index_copy(0, step.rows, own.state(hidden[step.rows]))
+
+    def _head_stats(self, state: Tensor, step: Step) -> Any:
+        """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
+        s = self.structure
+        weight = s.weight
+        if step.logits is None:
+            shape = (step.batch, weight.shape[0])
+            spare, self._spare = self._spare, None
+            fits = (
+                spare is not None
+                and (spare.shape, spare.dtype, spare.device) == (shape, state.dtype, state.device)
+                and spare.is_inference() == torch.is_inference_mode_enabled()
+            )
+            step.logits = spare if fits else state.new_empty(shape)
+        norm = s.final_norm
+        if norm is None:
+            state = s.normalise(state)
+        step.report.checks += 1
+        step.report.head_reads += 1
+        return ops.exit_stats(
+            state.detach(),
+            weight.detach(),
+            head_bias=getattr(s.head, "bias", None),
+            norm=norm.kind if norm else None,
+            norm_weight=norm.weight if norm else None,
+            norm_bias=norm.bias if norm else None,
+            eps=norm.eps if norm else 0.0,
+            rows=step.rows,
+            logits_out=step.logits,
+        )
+
+    # ---- at the end of the step
+
+    def logits(self, stock: Callable[..., Any], normed: Tensor, step: Step) -> Tensor:
+        """Logits [B, 1, V]: of the check for rows that left at one, of the stock head for the others.
+
+        Parameters
+        ----------
+        stock : callable
+            The output embedding's own forward.
+        normed : Tensor
+            [B, 1, D] states that the model hands to it.
+        step : Step
+            The step that ends.
+        """
+        if step.running == step.batch:
+            self._spare = step.logits  # nobody left: the buffer was not handed out
+            step.report.head_reads += 1
+            return stock(normed)
+        if step.left is not None and step.logits is None:
+            normed = self._translate(normed, step)
+        out = step.logits
+        if out is None:
+            out = normed.new_empty(step.batch, self.structure.weight.shape[0])
+        if step.ended is not None:
+            out[step.ended] = 0.0
+        asking = [r for r in (step.rows, None if step.logits is not None else step.left) if r is not None and r.numel()]
+        if asking:
+            rows = torch.cat(asking)
+            out[rows] = stock(normed[rows])[:, 0]
+            step.report.head_reads += 1
+        return out[:, None]
+
+    def _translate(self, normed: Tensor, step: Step) -> Tensor:
+        """Normed states with those of rows that left without reading the head taken through their exit's translator."""
+        assert step.left is not None and step.hidden is not None
+        for layer, own in self.heads.items():
+            rows = step.left[step.depth[step.left] == layer]
+            if rows.numel() and own.translator is not None:
+                normed = normed.index_copy(0, rows, self.structure.normalise(own.state(step.hidden[rows])))
+        return normed
