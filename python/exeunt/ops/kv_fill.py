@@ -79,7 +79,7 @@ def kv_fill(
     until = len(stack) if until is None else until
     tables = _rotary_by_layer(rotary, len(stack))
     _check_rows(hidden, from_layer, rows, slots, stack, keys, values, until)
-    places = _places(from_layer, rows, slots, until)
+    places = _places(from_layer, rows, slots, len(stack), until)
     if not places:
         return
     first = places[0][0]
@@ -164,13 +164,16 @@ def _check_rows(
     for name, held in (("keys", keys), ("values", values)):
         if len(held) != layers:
             raise ValueError(f"kv_fill: {name} must have one tensor for each of {layers} layers, got {len(held)}")
-    if from_layer.numel() and (int(from_layer.min()) < 0 or int(from_layer.max()) > layers):
-        raise ValueError(f"kv_fill: from_layer must lie in 0..{layers}, got {from_layer.tolist()}")
 
 
-def _places(from_layer: Tensor, rows: Tensor, slots: Tensor, until: int) -> list[tuple[int, int, int, int]]:
+def _places(
+    from_layer: Tensor, rows: Tensor, slots: Tensor, layers: int, until: int
+) -> list[tuple[int, int, int, int]]:
     """(first layer, row of hidden, row, slot) sorted, without padding and without what skipped nothing below until."""
-    found = enumerate(zip(from_layer.tolist(), rows.tolist(), slots.tolist(), strict=True))
+    first = from_layer.tolist()
+    if first and (min(first) < 0 or max(first) > layers):
+        raise ValueError(f"kv_fill: from_layer must lie in 0..{layers}, got {first}")
+    found = enumerate(zip(first, rows.tolist(), slots.tolist(), strict=True))
     places = sorted((layer, n, row, slot) for n, (layer, row, slot) in found if slot >= 0 and layer < until)
     if len({place[2:] for place in places}) < len(places):
         raise ValueError("kv_fill: expected each (row, slot) of the cache at most once, got one of them twice")
