@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import peaks
-from exeunt.ops import KVLayer, KVStack, kv_fill
+from exeunt.ops import KVCache, KVLayer, KVStack, kv_fill
 
 LAYERS, D, HEADS, SIZE = 16, 2048, 8, 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -57,18 +57,18 @@ def torch_loop(hidden, rows, slots, stack, keys, values, rotary):
 def test_kv_fill(benchmark, library, dtype, n):
     stack = make_stack(DTYPES[dtype])
     keys, values = ([torch.zeros(8, HEADS, 256, SIZE, dtype=stack.dtype) for _ in range(LAYERS)] for _ in range(2))
-    hidden = torch.randn(n, D).to(stack.dtype)
+    cache, hidden = KVCache(keys, values), torch.randn(n, D).to(stack.dtype)
     places = torch.zeros(n, dtype=torch.int64), torch.arange(n) % 8, torch.arange(n) // 8
     rotary = tuple(torch.randn(2, n, SIZE).to(stack.dtype))
 
     def at_once():
-        kv_fill(hidden, *places, stack, keys, values, rotary=rotary)
+        kv_fill(hidden, *places, stack, cache, rotary=rotary)
 
     def one_by_one():
         for i in range(n):
             one = slice(i, i + 1)
             pair = rotary[0][one], rotary[1][one]
-            kv_fill(hidden[one], *(t[one] for t in places), stack, keys, values, rotary=pair)
+            kv_fill(hidden[one], *(t[one] for t in places), stack, cache, rotary=pair)
 
     sides = {
         "kv_fill": at_once,

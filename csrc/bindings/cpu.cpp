@@ -114,12 +114,12 @@ void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64
 
 using Integers = std::vector<int64_t>;
 
-// `table` holds a KvLayer a layer, `places` a KvPlace a layer.
+// `table` holds a KvLayer a layer, `places` a KvPlace, `tables` a KvRotary, or nothing.
 void kv_fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t width, int64_t heads, int64_t head_size,
              int64_t rotary, const Integers& source, const Integers& from_layer, const Integers& batch_rows,
              const Integers& slots, int dtype, int norm, float eps, int key_norm, float key_eps, float shift,
-             bool interleaved, uintptr_t table, const Integers& places, int64_t until, uintptr_t workspace,
-             int threads) {
+             bool interleaved, uintptr_t table, uintptr_t places, const Integers& tables, int64_t until,
+             uintptr_t workspace, int threads) {
   KvFillParams p{};
   p.hidden = reinterpret_cast<const void*>(hidden);
   p.hidden_dtype = static_cast<DType>(hidden_dtype);
@@ -141,7 +141,8 @@ void kv_fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t 
   p.shift = shift;
   p.interleaved = interleaved;
   p.layers = reinterpret_cast<const KvLayer*>(table);
-  p.places = reinterpret_cast<const KvPlace*>(places.data());
+  p.places = reinterpret_cast<const KvPlace*>(places);
+  p.tables = tables.empty() ? nullptr : reinterpret_cast<const KvRotary*>(tables.data());
   p.until = until;
   p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
@@ -185,8 +186,6 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
         py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("threads"),
         "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
-  m.attr("kv_layer_fields") = sizeof(KvLayer) / sizeof(int64_t);
-  m.attr("kv_place_fields") = sizeof(KvPlace) / sizeof(int64_t);
   m.def(
       "kv_fill_workspace",
       [](int dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int threads) {
@@ -198,7 +197,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("heads"), py::arg("head_size"), py::arg("rotary"), py::arg("source"), py::arg("from_layer"),
         py::arg("batch_rows"), py::arg("slots"), py::arg("dtype"), py::arg("norm"), py::arg("eps"), py::arg("key_norm"),
         py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("table"), py::arg("places"),
-        py::arg("until"), py::arg("workspace"), py::arg("threads"),
+        py::arg("tables"), py::arg("until"), py::arg("workspace"), py::arg("threads"),
         "Keys and values of skipped layers; see exeunt.ops.kv_fill.");
   m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
         py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),

@@ -109,11 +109,15 @@ struct KvLayer {
   int64_t key_norm_head;
 };
 
-// Where a layer's keys and values go, [B, Hkv, S, Dh] with strides in elements, and its rotary tables [N, R] float32 or
-// 0. Written by ops/kv_fill.py.
+// Where a layer's keys and values go, [B, Hkv, S, Dh] with strides in elements. A row of the table that
+// ops/kv_stack.py writes.
 struct KvPlace {
   void *keys, *values;
   int64_t key_row, key_head, key_slot, value_row, value_head, value_slot;
+};
+
+// Rotary tables [N, R] float32 of a layer, or null.
+struct KvRotary {
   const float *cos, *sin;
 };
 
@@ -133,8 +137,9 @@ struct KvFillParams {
   float shift;  // added to norm weights (Gemma: 1)
   bool interleaved;
 
-  const KvLayer* layers;  // [until]
-  const KvPlace* places;  // [until]
+  const KvLayer* layers;   // [until]
+  const KvPlace* places;   // [until]
+  const KvRotary* tables;  // [until], or null: none at all
   int64_t until;
 
   void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned

@@ -59,6 +59,7 @@ struct KvHeadArgs {
   const KvFillParams* p;
   const KvLayer* layer;
   const KvPlace* place;
+  KvRotary rotary;
   int64_t head;
   bool keys;
   PackedRows x;

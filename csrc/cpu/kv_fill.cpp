@@ -92,8 +92,9 @@ void kv_fill(const KvFillParams& p) {
         };
         const auto [layer, keys, h] = unit(i);
         const auto [next_layer, next_keys, next_head] = unit(std::min(i + 1, (end - begin) * units - 1));
-        isa.kv_fill_head({&p, p.layers + layer, p.places + layer, h, keys, packed_rows(layer), rows_of(layer),
-                          head_of(p.layers[next_layer], next_keys, next_head), panel, head});
+        isa.kv_fill_head({&p, p.layers + layer, p.places + layer, p.tables ? p.tables[layer] : KvRotary{}, h, keys,
+                          packed_rows(layer), rows_of(layer), head_of(p.layers[next_layer], next_keys, next_head),
+                          panel, head});
       }
     }
   }

@@ -120,9 +120,9 @@ void kv_fill_head(const KvHeadArgs& a) {
       if (bias)
         for (int64_t d = 0; d < p.head_size; ++d) z[d] += value_at(bias, p.dtype, bias_at + d);
       if (a.keys && p.key_norm != Norm::none) normalise_head(z, p, layer, a.head);
-      if (a.keys && place.cos) {
+      if (a.keys && a.rotary.cos) {
         const int64_t table = p.source[n] * p.rotary;
-        rotate(z, place.cos + table, place.sin + table, p.rotary, p.interleaved);
+        rotate(z, a.rotary.cos + table, a.rotary.sin + table, p.rotary, p.interleaved);
       }
       const int64_t to = p.batch_rows[n] * out_row + p.slots[n] * out_slot + out_head;
       store_row(out, p.dtype, to, z, p.head_size);

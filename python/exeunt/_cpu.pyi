@@ -4,7 +4,7 @@ CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill', 'kv_fill_workspace', 'kv_layer_fields', 'kv_place_fields', 'saturation', 'select_isa', 'small_head', 'version']
+__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill', 'kv_fill_workspace', 'saturation', 'select_isa', 'small_head', 'version']
 def amx_refused() -> bool:
     """
     Whether the CPU has AMX and the operating system refused it.
@@ -21,7 +21,7 @@ def isa() -> str:
     """
     The instruction set in use.
     """
-def kv_fill(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, source: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], from_layer: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], batch_rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, table: typing.SupportsInt | typing.SupportsIndex, places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], until: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+def kv_fill(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, source: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], from_layer: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], batch_rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, table: typing.SupportsInt | typing.SupportsIndex, places: typing.SupportsInt | typing.SupportsIndex, tables: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], until: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Keys and values of skipped layers; see exeunt.ops.kv_fill.
     """
@@ -41,6 +41,4 @@ def small_head(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: 
     """
     Fused norm, pooler and head of few classes; see exeunt.ops.small_head.
     """
-kv_layer_fields: int = 14
-kv_place_fields: int = 10
 version: str = '0.1.0'

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from exeunt.models import KeyValues, LayerCall
+from exeunt.ops import KVCache
 from exeunt.policies import Position
 
 __all__ = ["ExitCacheLayer", "GenerationState", "Skipped", "Token", "adopt"]
@@ -77,6 +78,8 @@ class GenerationState:
         the rows of all the calls.
     owner : weakref or None
         The model that fills the cache.
+    table : KVCache or None
+        Where all layers hold their keys and values; None once one of them has moved.
     """
 
     stop_ids: Tensor | None = None
@@ -88,6 +91,7 @@ class GenerationState:
     pending: dict[int, list[Skipped]] = field(default_factory=dict)
     fill: Callable[[list[tuple[LayerCall, Tensor]]], KeyValues] | None = None
     owner: weakref.ref[Any] | None = None
+    table: KVCache | None = None
 
     def begin_prompt(self, length: int) -> None:
         """A forward of several tokens ends with ``length`` tokens in the cache."""
@@ -119,7 +123,7 @@ class GenerationState:
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy: whoever continues it says anew for which model, and how layers are filled in."""
-        return {**vars(self), "pending": {}, "fill": None, "owner": None}
+        return {**vars(self), "pending": {}, "fill": None, "owner": None, "table": None}
 
 
 class ExitCacheLayer(DynamicLayer):
@@ -302,6 +306,7 @@ class ExitCacheLayer(DynamicLayer):
         """Hold tensors that somebody else may hold too."""
         self._own = False
         self._keys, self._values = keys, values
+        self._moved()
         self.length = 0 if keys is None or keys.dim() < 4 else keys.shape[2]
 
     def _check(self, own: KeyValues, rows: int) -> None:
@@ -330,10 +335,15 @@ class ExitCacheLayer(DynamicLayer):
 
     def _move(self, rows: Tensor | None, capacity: int) -> None:
         """Copy what is held (of ``rows``, in that order) to tensors with room for ``capacity`` tokens."""
-        self._keys, self._values = (self._moved(t, rows, capacity) for t in (self._keys, self._values))
+        self._keys, self._values = (self._copied(t, rows, capacity) for t in (self._keys, self._values))
         self._own = True
+        self._moved()
 
-    def _moved(self, held: Tensor | None, rows: Tensor | None, capacity: int) -> Tensor:
+    def _moved(self) -> None:
+        if self.state is not None:
+            self.state.table = None
+
+    def _copied(self, held: Tensor | None, rows: Tensor | None, capacity: int) -> Tensor:
         assert held is not None
         filled = min(held.shape[2], self.length)
         part = held.narrow(2, 0, filled)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exeunt.models import KeyValueWeights, rotary_of
-from exeunt.ops import KVStack, kv_fill
+from exeunt.ops import KVCache, KVStack, kv_fill
 
 if TYPE_CHECKING:
     from exeunt.cache import ExitCacheLayer, Skipped
@@ -78,9 +78,10 @@ def _fill_at_once(
         for i in owing:
             layers[i].reserve()
         from_layer = depth.add(1).clamp_(min=first)
-        keys, values = [layer.storage[0] for layer in layers], [layer.storage[1] for layer in layers]
+        if state.table is None:
+            state.table = KVCache(*zip(*(layer.storage for layer in layers), strict=True))
         tables = _rotary(state.pending, found, rotates, owing, len(layers))
-        kv_fill(hidden, from_layer, rows, slots, stack, keys, values, rotary=tables, until=until)
+        kv_fill(hidden, from_layer, rows, slots, stack, state.table, rotary=tables, until=until)
         count = int((until - from_layer).sum())
     for i in owing:
         del state.pending[i]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exeunt import ops, reference
-from exeunt.ops import KVLayer, KVStack, _backend
+from exeunt.ops import KVCache, KVLayer, KVStack, _backend
 
 pytestmark = pytest.mark.skipif(_backend.cpu is None, reason="exeunt._cpu is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,7 +63,7 @@ def cache(kv, n, dtype=None):
 def fill(op, kv, given, n, dtype=None, **more):
     keys, values = cache(kv, n, dtype)
     places = (given[name] for name in ("hidden", "from_layer", "rows", "slots"))
-    op.kv_fill(*places, kv, keys, values, **({"rotary": given["rotary"]} | more))
+    op.kv_fill(*places, kv, KVCache(keys, values), **({"rotary": given["rotary"]} | more))
     return torch.stack(keys + values)
 
 
@@ -119,7 +119,7 @@ def test_a_row_has_the_same_bits_alone_and_on_any_threads(isa, dtype):
     for n in range(70):
         one = {k: given[k][n : n + 1] for k in ("hidden", "from_layer", "rows", "slots")}
         pair = tuple(t[n : n + 1] for t in given["rotary"])
-        ops.kv_fill(*one.values(), kv, keys, values, rotary=pair)
+        ops.kv_fill(*one.values(), kv, KVCache(keys, values), rotary=pair)
     assert torch.equal(torch.stack(keys + values), together)
 
 
@@ -129,10 +129,11 @@ def test_segments_of_the_stack_make_the_whole():
     whole = fill(ops, kv, given, 9)
     keys, values = cache(kv, 9)
     places = given["hidden"], given["from_layer"], given["rows"], given["slots"]
-    ops.kv_fill(*places, kv, keys, values, rotary=given["rotary"], until=2)
+    held = KVCache(keys, values)
+    ops.kv_fill(*places, kv, held, rotary=given["rotary"], until=2)
     assert (keys[2] == UNTOUCHED).all() and torch.equal(torch.stack(keys[:2]), whole[:2])
     late = places[1].clamp(min=2)
-    ops.kv_fill(places[0], late, *places[2:], kv, keys, values, rotary=given["rotary"])
+    ops.kv_fill(places[0], late, *places[2:], kv, held, rotary=given["rotary"])
     assert torch.equal(torch.stack(keys + values), whole)
 
 
@@ -193,27 +194,38 @@ BAD = {
     "sin must have shape": lambda a: a | {"rotary": (a["rotary"][0], a["rotary"][1][:2])},
     "rotary must be one": lambda a: a | {"rotary": [a["rotary"]] * 2},
     "until must lie": lambda a: a | {"until": 4},
-    "keys must have one tensor": lambda a: a | {"keys": a["keys"][:2]},
-    "values of layer 1 must be torch.float32": lambda a: a | {"values": [t.bfloat16() for t in a["values"]]},
-    "keys of layer 1 must have shape": lambda a: a | {"keys": [t[:, :1] for t in a["keys"]]},
-    "keys of layer 1 must have unit stride": lambda a: a | {"keys": [t.transpose(2, 3) for t in a["keys"]]},
+    "a cache that fits": lambda a: a | {"cache": KVCache(a["cache"].keys[:2], a["cache"].values[:2])},
+    "a cache that fits KVStack": lambda a: a | {"cache": KVCache(*([t.half() for t in a["cache"].keys],) * 2)},
 }
 
 
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input_gets_one_sentence_before_anything_is_written(sentence):
-    kv = stack(torch.float32, size=16)
-    keys, values = ([torch.full((BATCH, 2, 16, 16), UNTOUCHED)[:, :, :3] for _ in range(LAYERS)] for _ in range(2))
-    square = [torch.full((BATCH, 2, 16, 16), UNTOUCHED) for _ in range(LAYERS)]
-    if "stride" in sentence:
-        keys = square
-    given = inputs(kv, 4, 16) | dict(keys=keys, values=values)
+    kv = stack(torch.float32)
+    keys, values = ([torch.full((BATCH, 2, 3, 16), UNTOUCHED) for _ in range(LAYERS)] for _ in range(2))
+    given = inputs(kv, 4, 16) | dict(cache=KVCache(keys, values))
     given["from_layer"][:] = 1
     bad = BAD[sentence](dict(given))
+    places = (bad.pop(name) for name in ("hidden", "from_layer", "rows", "slots"))
     with pytest.raises((ValueError, TypeError), match=f"^kv_fill: .*{sentence}[^\n]*$"):
-        ops.kv_fill(bad.pop("hidden"), bad.pop("from_layer"), bad.pop("rows"), bad.pop("slots"), kv,
-                    bad.pop("keys"), bad.pop("values"), **bad)  # fmt: skip
+        ops.kv_fill(*places, kv, bad.pop("cache"), **bad)
     assert all((t == UNTOUCHED).all() for t in (*keys, *values))
+
+
+@pytest.mark.parametrize(
+    "sentence,keys,values",
+    [
+        ("as many keys as values, got 0 and 0", [], []),
+        ("as many keys as values", [torch.ones(1, 1, 2, 4)], []),
+        (r"keys must have shape \[B, Hkv, S, Dh\]", [torch.ones(1, 2, 4)], [torch.ones(1, 2, 4)]),
+        (r"values of layer 0 must have shape \[1, 1, 2, 4\]", [torch.ones(1, 1, 2, 4)], [torch.ones(1, 2, 2, 4)]),
+        ("values of layer 0 must be torch.float32", [torch.ones(1, 1, 2, 4)], [torch.ones(1, 1, 2, 4).half()]),
+        ("unit stride along Dh", [torch.ones(1, 1, 4, 4).mT], [torch.ones(1, 1, 4, 4)]),
+    ],
+)
+def test_bad_caches_get_one_sentence(sentence, keys, values):
+    with pytest.raises((ValueError, TypeError), match=f"^KVCache: .*{sentence}"):
+        KVCache(keys, values)
 
 
 @pytest.mark.parametrize(

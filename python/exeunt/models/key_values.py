@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exeunt.ops import DTYPES, KVLayer, KVStack, kv_fill
+from exeunt.ops import DTYPES, KVCache, KVLayer, KVStack, kv_fill
 from exeunt.ops._backend import cpu
 
 __all__ = ["KeyValueWeights", "rotary_of"]
@@ -276,7 +276,7 @@ def _agrees(parts: _Parts, seen: _Seen, facts: _Facts) -> bool | None:
         rotary = seen.rotary if turned else None
         if rotary is not None and rotary[0].shape[-1] > size:
             continue
-        kv_fill(seen.hidden, first, first, slots, stack, [keys], [values], rotary=rotary)
+        kv_fill(seen.hidden, first, first, slots, stack, KVCache([keys], [values]), rotary=rotary)
         pairs = ((keys, seen.keys), (values, seen.values))
         if all((a.float() - b.float()).abs().max() <= eps * b.float().abs().max() for a, b in pairs):
             return turned

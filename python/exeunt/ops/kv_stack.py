@@ -1,4 +1,4 @@
-"""What kv_fill knows of a model: where the parameters that make keys and values lie."""
+"""What kv_fill knows of a model and of its cache: where parameters, keys and values lie."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exeunt.ops._backend import DTYPES, NORMS, pointer
 
-__all__ = ["KVLayer", "KVStack"]
+__all__ = ["KVCache", "KVLayer", "KVStack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,3 +158,67 @@ def _fields(layer: KVLayer) -> list[int]:
         pointer(layer.key_bias), pointer(layer.value_bias), head_stride(layer.key_bias), head_stride(layer.value_bias),
         pointer(layer.key_norm), head_stride(layer.key_norm),
     ]  # fmt: skip
+
+
+class KVCache:
+    """Where the keys and values of all layers go, for :func:`exeunt.ops.kv_fill`: a table of their addresses.
+
+    Make another when a tensor of the cache is replaced by a larger one.
+
+    Parameters
+    ----------
+    keys, values : sequence of Tensor
+        One a layer, [B, Hkv, S, Dh] with unit stride along Dh, all of one dtype and device. Capacities S may differ.
+
+    Raises
+    ------
+    ValueError, TypeError
+        One sentence on what was expected and what came.
+
+    Examples
+    --------
+    >>> import torch
+    >>> keys, values = ([torch.zeros(4, 2, 8, 16) for _ in range(3)] for _ in range(2))
+    >>> KVCache(keys, values)
+    KVCache(3 layers, B=4, Hkv=2, S=8, Dh=16, torch.float32)
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        if not keys or len(keys) != len(values):
+            raise ValueError(f"KVCache: expected as many keys as values, got {len(keys)} and {len(values)}")
+        first = keys[0]
+        if first.dim() != 4:
+            raise ValueError(f"KVCache: keys must have shape [B, Hkv, S, Dh], got {[*first.shape]}")
+        self.dtype, self.device = first.dtype, first.device
+        self.batch, self.heads, _, self.head_size = first.shape
+        #: Slots of each layer.
+        self.capacities: list[int] = []
+        fields = []
+        for layer, pair in enumerate(zip(keys, values, strict=True)):
+            for name, t in zip(("keys", "values"), pair, strict=True):
+                shape = [self.batch, self.heads, t.shape[-2] if t.dim() > 1 else 0, self.head_size]
+                if [*t.shape] != shape:
+                    raise ValueError(f"KVCache: {name} of layer {layer} must have shape {shape}, got {[*t.shape]}")
+                if (t.dtype, t.device) != (self.dtype, self.device):
+                    raise TypeError(
+                        f"KVCache: {name} of layer {layer} must be {self.dtype} on {self.device} like the first keys, "
+                        f"got {t.dtype} on {t.device}"
+                    )
+                if t.stride(3) != 1:
+                    raise ValueError(
+                        f"KVCache: {name} of layer {layer} must have unit stride along Dh, got {[*t.stride()]}"
+                    )
+            self.capacities.append(min(t.shape[2] for t in pair))
+            fields.append([t.data_ptr() for t in pair] + [s for t in pair for s in t.stride()[:3]])
+        self.keys, self.values = tuple(keys), tuple(values)
+        #: [L, 8] int64: a ``KvPlace`` of csrc/core/params.h a row.
+        self.table = torch.tensor(fields, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Layers."""
+        return len(self.keys)
+
+    def __repr__(self) -> str:
+        """Sizes."""
+        sizes = f"B={self.batch}, Hkv={self.heads}, S={min(self.capacities)}, Dh={self.head_size}, {self.dtype}"
+        return f"KVCache({len(self)} layers, {sizes})"

@@ -17,15 +17,14 @@ def kv_fill(
     rows: Tensor,
     slots: Tensor,
     stack: Any,
-    keys: Any,
-    values: Any,
+    cache: Any,
     *,
     rotary: Any = None,
     until: int | None = None,
 ) -> None:
     """Specification of :func:`exeunt.ops.kv_fill`: float64 if ``hidden`` is float64, float32 otherwise.
 
-    Keys and values may be wider than the stack's dtype; they then show what is lost by rounding to it.
+    The cache may be wider than the stack's dtype; it then shows what is lost by rounding to it.
 
     Examples
     --------
@@ -33,7 +32,8 @@ def kv_fill(
     >>> layer = exeunt.ops.KVLayer(torch.eye(4).view(1, 4, 4), 2 * torch.eye(4).view(1, 4, 4))
     >>> keys, values = [torch.zeros(1, 1, 2, 4)], [torch.zeros(1, 1, 2, 4)]
     >>> place = torch.tensor([0]), torch.tensor([0]), torch.tensor([1])
-    >>> exeunt.reference.kv_fill(torch.ones(1, 4), *place, exeunt.ops.KVStack([layer]), keys, values)
+    >>> exeunt.reference.kv_fill(torch.ones(1, 4), *place, exeunt.ops.KVStack([layer]),
+    ...                          exeunt.ops.KVCache(keys, values))
     >>> keys[0][0, 0].tolist(), values[0][0, 0, 1].tolist()
     ([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], [2.0, 2.0, 2.0, 2.0])
     """
@@ -62,8 +62,8 @@ def kv_fill(
             cos, sin = (t[chosen].to(dtype)[:, None] for t in pair)
             key = _rotated(key, cos, sin, stack.interleaved)
         place = rows[chosen], slots[chosen]
-        keys[index].transpose(1, 2)[place] = key.to(keys[index].dtype)
-        values[index].transpose(1, 2)[place] = value.to(values[index].dtype)
+        cache.keys[index].transpose(1, 2)[place] = key.to(cache.dtype)
+        cache.values[index].transpose(1, 2)[place] = value.to(cache.dtype)
 
 
 def _rotated(key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
