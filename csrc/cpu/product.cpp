@@ -254,7 +254,7 @@ constexpr int in_order() {
 // in `wait`, still spread over lanes, so the chain of each pair stays one. Meanwhile the next tile is fetched in
 // the order of its addresses, by each of `shares` groups a part, so that memory is busy all the time.
 template <class K, int R, int C>
-EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int share, int shares, const char*& next,
+EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int shares, int& due, const char*& next,
                          float (*z)[kTile]) {
   using Sum = typename K::Sum;
   constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
@@ -268,16 +268,13 @@ EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int 
         for (int r = 0; r < R; ++r)
           for (int i = 0; i < C; ++i) sum[r][i] = wait[r][c + i];
       const char* w = tile.data + c * tile.row_stride;
-      const auto add_lines = [&](auto fetch) __attribute__((always_inline)) {
-        for (int64_t l = begin; l < end; ++l) {
-          for (int i = 0; fetch && i < C; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
-          add_line<K>(w + l * tile.line_stride, tile.row_stride, x + l * kLineOfRow, x_stride, sum);
+      for (int64_t l = begin; l < end; ++l) {
+        if (++due == shares) {
+          due = 0;
+          for (int i = 0; i < C; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
         }
-      };
-      if (c / C % shares == share)
-        add_lines(std::true_type());
-      else
-        add_lines(std::false_type());
+        add_line<K>(w + l * tile.line_stride, tile.row_stride, x + l * kLineOfRow, x_stride, sum);
+      }
       if (R * C < kSums || end < tile.lines) {
         for (int r = 0; r < R; ++r)
           for (int i = 0; i < C; ++i) wait[r][c + i] = sum[r][i];
@@ -324,12 +321,12 @@ struct VectorProduct {
     const int shares = total < kMaxGroup ? 1 : static_cast<int>(total / kMaxGroup);
     alignas(64) float z[kMaxGroup][kTile];
     int64_t done = 0;
-    int share = 0;
+    int due = 0;
     const char* next = tile.next;
     const auto take = [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value;
       const auto go = [&](auto rows) __attribute__((always_inline)) {
-        group<K, R, decltype(rows)::value>(tile, data + done * step, step, share++, shares, next, z);
+        group<K, R, decltype(rows)::value>(tile, data + done * step, step, shares, due, next, z);
       };
       if (tile.line_stride == kLine)
         go(std::integral_constant<int, in_order<K, R>()>());
