@@ -15,7 +15,6 @@ One decoding step of a batch, seen from above::
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import time
@@ -28,8 +27,7 @@ from torch import Tensor, nn
 
 from exeunt.calibration import Calibration
 from exeunt.exit_points import ExitPoints
-from exeunt.models import KeyValues, LayerCall, Structure, discover, spread
-from exeunt.models.structure import CACHE_KEYWORD
+from exeunt.models import CACHE_KEYWORD, KeyValues, LayerCall, LayerFunction, Structure, discover, own_cache, spread
 from exeunt.recipes import Recipe
 from exeunt.report import Report
 from exeunt.step import Step
@@ -171,7 +169,7 @@ class Attached:
             if module is embedding and args:
                 self._local.ids = args[0]
 
-        embedding = self.model.get_input_embeddings()
+        embedding = s.decoder.get_input_embeddings()
         self._undo.append(embedding.register_forward_pre_hook(note_ids).remove)
 
         prepare = self.model._prepare_cache_for_generation
@@ -182,7 +180,7 @@ class Attached:
             result = prepare(config, kwargs, *args, **named)
             config.disable_compile = True  # generate's own copy; exits depend on data
             cache: Any = kwargs.get(CACHE_KEYWORD)
-            state = self._cache.adopt(cache, self.depth)
+            state = self._cache.adopt(own_cache(cache), self.depth)
             if state is not None:
                 self._settle(cache)
                 self._local.cache = weakref.ref(cache)
@@ -233,7 +231,7 @@ class Attached:
             return None
         batch, count = hidden.shape[:2]
         length = int(cache.get_seq_length())
-        state = self._cache.adopt(cache, self.depth)
+        state = self._cache.adopt(own_cache(cache), self.depth)
         if state is None:
             self._report.unsupported_caches += int(count == 1 and length > 0)
             return None
@@ -244,7 +242,7 @@ class Attached:
         if state.full_depth:
             return None
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
-        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self._report)
+        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self.structure, self._report)
         return local.step
 
     def _claim(self, state: GenerationState, cache: Any) -> None:
@@ -262,15 +260,13 @@ class Attached:
 
     def _layer(self, i: int, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of decoder layer i."""
-        stock, local = module.forward, self._local
-        names = [name for name in inspect.signature(stock).parameters][1:]
+        stock, local = LayerFunction(module), self._local
         checks = i in self.recipe.exits
 
-        def forward(this: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not module:  # a deep copy of the model: it runs as if nothing were attached
-                return type(this).forward(this, hidden, *args, **kwargs)
-            if args:
-                kwargs.update(zip(names, args, strict=False))
+                return type(this).forward(this, *args, **kwargs)
+            hidden, kwargs = stock.bind(args, kwargs)
             step = self._begin(hidden, kwargs) if i == 0 else local.step
             if step is None:
                 return stock(hidden, **kwargs)
@@ -314,7 +310,7 @@ class Attached:
 
     def _settle(self, cache: Any) -> None:
         """Write all that is pending in a cache."""
-        for layer in getattr(cache, "layers", ()):
+        for layer in getattr(own_cache(cache), "layers", ()):
             if isinstance(layer, self._cache.ExitCacheLayer):
                 layer.settle()
 

@@ -1,6 +1,20 @@
 """What is known of stock models: their structure, and how to call one of their layers on some of its rows."""
 
-from exeunt.models.layer_call import KeyValues, LayerCall, RowTaker, spread, stand_in
-from exeunt.models.structure import FinalNorm, Structure, discover
+from exeunt.models.discovery import discover
+from exeunt.models.families import ATTENTION
+from exeunt.models.layer_call import (
+    CACHE_KEYWORD,
+    KeyValues,
+    LayerCall,
+    LayerFunction,
+    RowTaker,
+    own_cache,
+    spread,
+    stand_in,
+)
+from exeunt.models.structure import FinalNorm, HeadForm, Structure
 
-__all__ = ["FinalNorm", "KeyValues", "LayerCall", "RowTaker", "Structure", "discover", "spread", "stand_in"]
+__all__ = [
+    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "Structure", "discover",
+    "own_cache", "spread", "stand_in",
+]  # fmt: skip
