@@ -1,8 +1,8 @@
-"""The plug: puts a recipe on a stock causal language model and takes it off again.
+"""The plug: puts a recipe on a stock language model and takes it off again.
 
-What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding. Beside that a hook
-on the input embedding notes which ids are fed (to see rows end), ``generate``'s cache gets exeunt's layers, and where
-the state strategy is lazy ``generate`` settles that cache before it returns.
+What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding; that of the input
+embedding, to note which ids are fed (rows end by them); and of ``generate`` the start, where its cache gets exeunt's
+layers, and the end, where that cache is settled.
 Embeddings, masks, rotary tables, norms, products and the decoding loop stay the model's own.
 
 One decoding step of a batch, seen from above::
@@ -15,19 +15,31 @@ One decoding step of a batch, seen from above::
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from exeunt.calibration import Calibration
 from exeunt.exit_points import ExitPoints
-from exeunt.models import CACHE_KEYWORD, KeyValues, LayerCall, LayerFunction, Structure, discover, own_cache, spread
+from exeunt.models import (
+    CACHE_KEYWORD,
+    KeyValues,
+    LayerCall,
+    LayerFunction,
+    Structure,
+    discover,
+    own_cache,
+    spread,
+)
 from exeunt.recipes import Recipe
 from exeunt.report import Report
 from exeunt.step import Step
@@ -111,12 +123,14 @@ class Attached:
         self, model: Any, recipe: Recipe, calibration: Calibration | str | os.PathLike[str] | None = None
     ) -> None:
         try:
-            from exeunt import cache  # here, since it imports transformers, which the ops do without
+            from exeunt import cache, limits  # here, since they import transformers, which the ops do without
         except ImportError as missing:
             raise ImportError("attach needs transformers: pip install exeunt[hf]") from missing
         if model in _attached:
             raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
-        self._cache = cache
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
+        self._cache, self._limits = cache, limits
+        limits.check_model(model)
         self.structure: Structure = discover(model)
         if calibration is not None:
             if not isinstance(calibration, Calibration):
@@ -165,13 +179,20 @@ class Attached:
             self._set(layer, "forward", types.MethodType(self._layer(i, layer), layer))
         self._set(s.head, "forward", types.MethodType(self._head(s.head), s.head))
 
-        def note_ids(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module is embedding and args:
-                self._local.ids = args[0]
-
         embedding = s.decoder.get_input_embeddings()
-        self._undo.append(embedding.register_forward_pre_hook(note_ids).remove)
+        embed = embedding.forward
 
+        def forward(this: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not embedding:
+                return type(this).forward(this, ids, *args, **kwargs)
+            self._local.ids = ids
+            return embed(ids, *args, **kwargs)
+
+        self._set(embedding, "forward", types.MethodType(forward, embedding))
+        self._install_generate()
+
+    def _install_generate(self) -> None:
+        """``generate`` with a cache of exeunt's layers, and nothing of it left behind."""
         prepare = self.model._prepare_cache_for_generation
 
         def prepare_cache(model: Any, config: Any, kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
@@ -179,15 +200,16 @@ class Attached:
                 return type(model)._prepare_cache_for_generation(model, config, kwargs, *args, **named)
             result = prepare(config, kwargs, *args, **named)
             config.disable_compile = True  # generate's own copy; exits depend on data
-            cache: Any = kwargs.get(CACHE_KEYWORD)
-            state = self._cache.adopt(own_cache(cache), self.depth)
-            if state is not None:
+            mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
+            cache, kept = kwargs.get(CACHE_KEYWORD), self._limits.full_depth(mode, config)
+            if kept is not None:
+                warnings.warn(f"exeunt: no exits in this generation: {kept} keeps it at full depth", stacklevel=4)
+            if cache is not None:
+                state = self._limits.adopted(cache, self.depth)
                 self._settle(cache)
                 self._local.cache = weakref.ref(cache)
                 state.begin_prompt(int(cache.get_seq_length()))
-                mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
-                state.full_depth = "assisted" in mode
-                state.max_length = config.max_length
+                state.full_depth, state.max_length = kept is not None, config.max_length
                 state.stop_ids = None if "beam" in mode else getattr(config, "_eos_token_tensor", None)
             return result
 
@@ -200,15 +222,18 @@ class Attached:
             try:
                 return stock_generate(*args, **kwargs)
             finally:  # nothing pending outlives the generation, unless its cache is gone as well
-                cache, self._local.cache = self._local.cache, None
-                self._settle(cache() if cache is not None else None)
+                cache, self._local.cache = self._local.cache and self._local.cache(), None
+                if cache is not None:
+                    self._settle(cache)
+                    state = self._limits.adopted(cache, self.depth)
+                    state.full_depth, state.max_length, state.stop_ids = False, None, None
 
-        if self.recipe.state.lazy:
-            self._set(self.model, "generate", types.MethodType(generate, self.model))
+        self._set(self.model, "generate", types.MethodType(generate, self.model))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, to be undone."""
         present, old = name in vars(owner), vars(owner).get(name)
+        value.__func__.__name__ = name  # by which a pickled copy finds the method of its own class
 
         def undo() -> None:
             if present:
@@ -226,21 +251,22 @@ class Attached:
         local = self._local
         ids, local.ids, local.step = local.ids, None, None
         local.full_since = time.perf_counter()
+        if self.model.training:
+            raise RuntimeError("attach: the model is in training mode: call model.eval(), or detach to train it")
         cache = arguments.get(CACHE_KEYWORD)
         if cache is None or not arguments.get("use_cache", True):
             return None
         batch, count = hidden.shape[:2]
         length = int(cache.get_seq_length())
-        state = self._cache.adopt(own_cache(cache), self.depth)
-        if state is None:
-            self._report.unsupported_caches += int(count == 1 and length > 0)
-            return None
+        state = self._limits.adopted(cache, self.depth)
         self._claim(state, cache)
         if count != 1 or length == 0:
             state.begin_prompt(length + count)
             return None
         if state.full_depth:
             return None
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise RuntimeError("attach: decoding with exits has no gradient: run it under torch.no_grad()")
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
         local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self.structure, self._report)
         return local.step
@@ -263,6 +289,7 @@ class Attached:
         stock, local = LayerFunction(module), self._local
         checks = i in self.recipe.exits
 
+        @functools.wraps(type(module).forward)
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not module:  # a deep copy of the model: it runs as if nothing were attached
                 return type(this).forward(this, *args, **kwargs)

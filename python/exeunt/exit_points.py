@@ -51,15 +51,16 @@ class ExitPoints:
         outside = [e for e in self.recipe.exits if not 0 <= e <= last]
         if outside:
             raise ValueError(f"attach: exits must lie in 0..{last} for {last + 2} layers, got {outside}")
-        weight, measure = self.structure.weight, self.recipe.confidence
+        s, measure = self.structure, self.recipe.confidence
+        weight = s.weight
         if measure.reads_head and weight.dtype not in ops.DTYPES:
             kinds = " or ".join(str(t) for t in ops.DTYPES)
             raise ValueError(f"attach: {measure.name} reads the head, which must be {kinds}, got {weight.dtype}")
-        if measure.reads_head and self.structure.form is None:
+        if measure.reads_head and s.form is None:
             raise ValueError(
-                f"attach: {measure.name} reads the head, which must be a product with a [V, D] weight in memory, scaled "
-                f"or capped in a known way, got {type(self.structure.head).__name__} of "
-                f"{type(self.structure.model).__name__}: saturation and probe read no head"
+                f"attach: {measure.name} reads the head, which must be a product with a [V, D] weight in memory, "
+                f"scaled or capped in a known way, got {type(s.head).__name__} of {type(s.model).__name__}; "
+                "saturation and probe read no head"
             )
         for e, own in self.heads.items():
             for part in (own.translator, own.probe):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from exeunt.cache import ExitCacheLayer
 from exeunt.models import KeyValues
@@ -32,7 +31,7 @@ class SlidingExitCacheLayer(ExitCacheLayer):
     sliding_window: int
 
     @property
-    def cumulative_length(self) -> int:
+    def cumulative_length(self) -> int:  # type: ignore[override]
         """Tokens in the layer, as transformers calls them."""
         return self.length
 
@@ -66,8 +65,8 @@ class SlidingExitCacheLayer(ExitCacheLayer):
         return held.narrow(2, held.shape[2] - seen, seen)
 
     @staticmethod
-    def adopt(layer: DynamicSlidingWindowLayer) -> None:
-        """Make a stock layer one of these; room is left for the tokens that it has dropped."""
+    def adopt(layer: Any) -> None:
+        """Make a stock ``DynamicSlidingWindowLayer`` one of these; tokens that it has dropped keep their places."""
         seen = layer.get_seq_length()
         keys, values = (vars(layer).pop(name) for name in ("keys", "values"))
         for name in ("cumulative_length", "record_past"):

@@ -83,7 +83,7 @@ class Oracle:
                 return normed if key in (0, "last_hidden_state") else None
 
         ids = torch.zeros(len(hidden), 1, dtype=torch.long)
-        outer = [m for m in self.model.modules() if m is decoder][0]
+        outer = next(m for m in self.model.modules() if m is decoder)
         head, outer.forward = self.model.get_output_embeddings(), lambda *a, **k: Out()
         patched = vars(head).pop("forward")
         try:
@@ -136,17 +136,18 @@ class Oracle:
 
 def oracle_run(model):
     """Tokens and depths of a threshold that no score comes close to and that lets rows out at several depths."""
-    given = zoo.inputs(model)
-    with Oracle(model, math.inf) as free:
-        zoo.generate(model, given)
-    scores = torch.tensor(free.scores)
-    for share in (0.7, 0.6, 0.8, 0.5, 0.75, 0.65, 0.55, 0.85):
-        threshold = float(scores.quantile(share))
-        with Oracle(model, threshold) as oracle:
-            out = zoo.generate(model, given)
-        closest = min(abs(s - threshold) for s in oracle.scores)
-        if closest > 2e-4 and len(set(torch.stack(oracle.depths).flatten().tolist())) > 2:
-            return threshold, out, torch.stack(oracle.depths)
+    for seed in range(1, 5):
+        given = zoo.inputs(model, seed=seed)
+        with Oracle(model, math.inf) as free:
+            zoo.generate(model, given)
+        scores = torch.tensor(free.scores)
+        for share in (0.7, 0.6, 0.8, 0.5, 0.9):
+            threshold = float(scores.quantile(share))
+            with Oracle(model, threshold) as oracle:
+                out = zoo.generate(model, given)
+            closest = min(abs(s - threshold) for s in oracle.scores)
+            if closest > 2e-4 and len(set(torch.stack(oracle.depths).flatten().tolist())) > 2:
+                return given, threshold, out, torch.stack(oracle.depths)
     raise AssertionError("no threshold is far from all scores")
 
 
@@ -163,13 +164,13 @@ def test_bit_identical_while_nothing_leaves(family):
 
 
 def test_propagate_equals_the_oracle_that_runs_everything(family):
-    threshold, expected, depths = oracle_run(family)
+    given, threshold, expected, depths = oracle_run(family)
     prompt = zoo.BATCH if family.config.is_encoder_decoder else 0  # one token long, at full depth
     for lazy in (False, True):
         with exeunt.attach(family, exeunt.recipes.calm(EXITS, threshold, lazy=lazy)) as early:
             counted = Executed(family)
             early.reset_report()
-            got = zoo.generate(family, zoo.inputs(family))
+            got = zoo.generate(family, given)
             counted.close()
         assert torch.equal(torch.stack(early.report().exit_layers), depths)
         assert torch.equal(got.sequences, expected.sequences)

@@ -30,8 +30,8 @@ _SIZES = {
     ),
     "gpt2": dict(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=128, **_IDS),
     "t5": dict(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=LAYERS, num_decoder_layers=LAYERS, num_heads=4,
-        pad_token_id=0, eos_token_id=None, decoder_start_token_id=0, dropout_rate=0.0,
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=LAYERS, num_decoder_layers=LAYERS,
+        num_heads=4, pad_token_id=0, eos_token_id=None, decoder_start_token_id=0, dropout_rate=0.0,
     ),
     "bart": dict(
         vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=2, decoder_layers=LAYERS, encoder_attention_heads=4,
@@ -119,6 +119,8 @@ def make(name: str, **options: Any) -> Any:
             model.final_logits_bias.normal_(0, 0.5)
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id = None, 0
+    if family.kind == "Whisper":
+        settings.suppress_tokens = [0]  # its generate cuts padding off the end, and trips where nothing is left
     if settings.decoder_start_token_id is None:
         settings.decoder_start_token_id = config.decoder_start_token_id if config.is_encoder_decoder else None
     return model

@@ -15,6 +15,6 @@ from exeunt.models.layer_call import (
 from exeunt.models.structure import FinalNorm, HeadForm, Structure
 
 __all__ = [
-    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "Structure", "discover",
-    "own_cache", "spread", "stand_in",
+    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValues", "LayerCall", "LayerFunction", "RowTaker",
+    "Structure", "discover", "own_cache", "spread", "stand_in",
 ]  # fmt: skip

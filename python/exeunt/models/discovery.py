@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exeunt.models.families import CACHE_KEYWORDS, LOGIT_BIAS, LOGIT_SCALES, SOFTCAP
-from exeunt.models.layer_call import LayerCall, LayerFunction, RowTaker, own_cache, stand_in
+from exeunt.models.layer_call import KeyValues, LayerCall, LayerFunction, RowTaker, own_cache, stand_in
 from exeunt.models.structure import FinalNorm, HeadForm, Structure
 
 __all__ = ["discover"]
@@ -211,22 +211,27 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
 
     def after(layer: nn.Module, args: Any, output: Any) -> None:
         own_layer = own_cache(trace.cache).layers[depth]
-        captured = []
+        received: list[int] = []
 
-        def attend(own: Any) -> tuple[Tensor, Tensor]:
-            captured.append(own)
-            return own_layer.keys[1:], own_layer.values[1:]
+        def attend(own: KeyValues) -> tuple[Tensor, Tensor]:
+            received.append(own.layer)
+            if received != [depth]:
+                return own.keys, own.values
+            # The last key of the stock cache is this step's own, so what is attended to is the same.
+            keys, values = own_layer.keys[1:], own_layer.values[1:]
+            if not (_near(own.keys, keys[:, :, -1:]) and _near(own.values, values[:, :, -1:])):
+                raise ValueError(
+                    f"attach: keys and values of layer {depth} of {name} depend on more than their own row"
+                )
+            return keys, values
 
-        # The last key of the stock cache is this step's own, so what is attended to is the same.
         out = pending.pop().run(attend)
-        wanted, got = (o[0] if isinstance(o, tuple) else o for o in (output, out))
-        if len(captured) != 1 or captured[0].layer != depth:
+        if received != [depth]:
             raise ValueError(
                 f"attach: expected decoder layer {depth} of {name} to hand one set of keys and values to its own cache "
-                f"layer, got {[c.layer for c in captured] or 'none'}"
+                f"layer, got {received or 'none'}"
             )
-        if not _near(captured[0].keys, own_layer.keys[1:, :, -1:]):
-            raise ValueError(f"attach: the keys of decoder layer {depth} of {name} depend on more than its own row")
+        wanted, got = (o[0] if isinstance(o, tuple) else o for o in (output, out))
         if not _near(got, wanted[1:]):
             raise ValueError(f"attach: decoder layer {depth} of {name} gives another output for a row of its own")
 
@@ -293,9 +298,9 @@ def _head_form(model: Any, head: Any, trace: _Trace) -> HeadForm | None:
 
 def _final_norm(tail: tuple[nn.Module, ...], weight: Tensor) -> FinalNorm | None:
     """The tail as one RMS or layer norm, if it behaves like one on a random state."""
-    if len(tail) != 1 or not isinstance(getattr(tail[0], "weight", None), Tensor) or tail[0].weight.dim() != 1:
+    norm: Any = tail[0] if len(tail) == 1 else None
+    if not isinstance(getattr(norm, "weight", None), Tensor) or norm.weight.dim() != 1:
         return None
-    norm: Any = tail[0]
     eps = next((float(getattr(norm, k)) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), None)
     if eps is None or norm.weight.device.type == "meta":
         return None

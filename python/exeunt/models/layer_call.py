@@ -43,7 +43,7 @@ class RowTaker:
         self._taken: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, value: Any, rows: Tensor, name: str = "") -> Any:
-        """``value`` of the argument ``name`` for ``rows``: tensors and tuples of tensors are picked, the rest passes."""
+        """``value`` of the argument ``name`` for ``rows``: tensors and tuples of tensors are picked."""
         if isinstance(value, tuple):
             return tuple(self(v, rows, name) for v in value)
         times = self.batched.get(name, 1)
@@ -104,7 +104,9 @@ class LayerCall:
         """The same call for some rows."""
         arguments = {name: self.take(value, rows, name) for name, value in self.arguments.items()}
         take = RowTaker(len(rows), self.take.batched)
-        return LayerCall(self.forward, self.hidden.index_select(0, rows), arguments, take, _pick_cross(self.cache, rows))
+        return LayerCall(
+            self.forward, self.hidden.index_select(0, rows), arguments, take, _pick_cross(self.cache, rows)
+        )
 
     @staticmethod
     def join(calls: list[tuple[LayerCall, Tensor]]) -> LayerCall:
@@ -247,5 +249,7 @@ def _joined(parts: list[tuple[Any, int, Tensor]]) -> Any:
     if not isinstance(last, Tensor):
         return last
     if any(v.dim() < 2 or v.shape[0] not in (1, batch) or v.shape[1:] != last.shape[1:] for v, batch, _ in parts):
-        return None  # masks of different lengths, positions without a batch: nothing before keys and values reads them
+        # Masks of different lengths, positions without a batch: nothing before keys and values reads more of them than
+        # that they are there (Falcon tells rotary from ALiBi by it); if something did, it would fail.
+        return last.new_empty(0)
     return torch.cat([v.expand(batch, *v.shape[1:]).index_select(0, rows) for v, batch, rows in parts])

@@ -123,6 +123,15 @@ class Structure:
             return None
         return getattr(self.model, self.form.bias).flatten()
 
+    def trainable(self) -> Structure:
+        """This structure, if exits can be trained on it; ValueError where the loss would not see the model's logits."""
+        if self.form is None or not self.form.plain or self.model.config.is_encoder_decoder:
+            raise ValueError(
+                "training: expected a decoder alone whose logits are head(norm(hidden)), "
+                f"got {type(self.model).__name__} with {self.form}"
+            )
+        return self
+
     def normalise(self, hidden: Tensor) -> Tensor:
         """Apply what the decoder applies after its last layer."""
         for module in self.tail:
