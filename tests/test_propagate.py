@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 import exeunt
 from exeunt.cache import ExitCacheLayer
+from exeunt.models import KeyValueWeights
 from exeunt.states import Propagate
 from oracle import RunEverything, prompts, tiny_llama
 
@@ -242,7 +243,9 @@ class Synchronisations(TorchDispatchMode):
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("confidence", ["margin", "saturation"])
-def test_each_exit_point_waits_for_the_device_once(model, confidence, lazy):
+def test_each_exit_point_waits_for_the_device_once(model, confidence, lazy, monkeypatch):
+    # As on a device without kv_fill: on CPU it reads its row lists, which there is no waiting.
+    monkeypatch.setattr(KeyValueWeights, "find", staticmethod(lambda structure: None))
     ids = torch.tensor([[5], [9], [70], [130]])
 
     def waits():
@@ -298,6 +301,68 @@ def test_a_cache_with_pending_tokens_dies_with_its_last_reference(model):
             assert alive() is None
     finally:
         gc.enable()
+
+
+def run(model, early, steps=5):
+    cache = prefilled(model, batch=2)
+    early.reset_report()
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([[5], [9]]), past_key_values=cache).logits for _ in range(steps)]
+    report = copy.copy(early.report())  # reading keys below makes layers write what they still owe, one by one
+    return torch.stack(logits), [layer.keys for layer in cache.layers], report
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_kv_fill_writes_what_the_stock_layers_would(model, lazy, monkeypatch):
+    with exeunt.attach(model, recipe_of([1, 3], 0.3, lazy)) as early:
+        logits, keys, report = run(model, early)
+        monkeypatch.setattr(early, "_weights", None)
+        slow_logits, slow_keys, slow = run(model, early)
+    assert report.fill_ins == slow.fill_ins > 0
+    assert report.captures == 0 and slow.captures == slow.fill_ins
+    torch.testing.assert_close(logits, slow_logits, rtol=1e-4, atol=1e-4)
+    for a, b in zip(keys, slow_keys, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_replaced_weights_are_used_at_once(model):
+    model = copy.deepcopy(model)
+    attention = model.model.layers[4].self_attn
+    with exeunt.attach(model, recipe_of([1], 0.0, False)) as early:
+        _, before, _ = run(model, early)
+        attention.v_proj.weight.data = attention.v_proj.weight.data * 2
+        attention.k_proj.weight = torch.nn.Parameter(attention.k_proj.weight * 3)
+        model.model.layers[5].input_layernorm.weight.data.mul_(2)
+        _, after, report = run(model, early)
+        assert report.captures == 0  # still kv_fill, on the new weights
+    torch.testing.assert_close(after[4][:, :, -1], before[4][:, :, -1] * 3, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[5][:, :, -1], before[5][:, :, -1] * 2, rtol=1e-4, atol=1e-4)
+
+
+class Adapter(torch.nn.Module):
+    """What an adapter library leaves in the place of a projection."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 5
+
+
+@pytest.mark.parametrize("how", ["module", "hook"])
+def test_an_adapter_makes_the_stock_layers_serve(model, how):
+    model = copy.deepcopy(model)
+    attention = model.model.layers[4].self_attn
+    with exeunt.attach(model, recipe_of([1], 0.0, False)) as early:
+        _, before, _ = run(model, early)
+        if how == "module":
+            attention.k_proj = Adapter(attention.k_proj)
+        else:
+            attention.k_proj.register_forward_hook(lambda module, args, out: out * 5)
+        _, after, report = run(model, early)
+    assert report.captures == report.fill_ins > 0 and "by the stock layers" in str(report)
+    torch.testing.assert_close(after[4][:, :, -1], before[4][:, :, -1] * 5, rtol=1e-4, atol=1e-4)
 
 
 def test_a_failed_fill_in_can_be_tried_again(model):

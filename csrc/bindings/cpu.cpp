@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
+#include "cpu/kv_fill.h"
 #include "cpu/small_head.h"
 
 namespace py = pybind11;
@@ -110,6 +112,43 @@ void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64
   cpu::small_head(p);
 }
 
+using Integers = std::vector<int64_t>;
+
+// `table` holds a KvLayer a layer, `places` a KvPlace a layer.
+void kv_fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t width, int64_t heads, int64_t head_size,
+             int64_t rotary, const Integers& source, const Integers& from_layer, const Integers& batch_rows,
+             const Integers& slots, int dtype, int norm, float eps, int key_norm, float key_eps, float shift,
+             bool interleaved, uintptr_t table, const Integers& places, int64_t until, uintptr_t workspace,
+             int threads) {
+  KvFillParams p{};
+  p.hidden = reinterpret_cast<const void*>(hidden);
+  p.hidden_dtype = static_cast<DType>(hidden_dtype);
+  p.hidden_stride = hidden_stride;
+  p.rows = static_cast<int64_t>(source.size());
+  p.width = width;
+  p.heads = heads;
+  p.head_size = head_size;
+  p.rotary = rotary;
+  p.source = source.data();
+  p.from_layer = from_layer.data();
+  p.batch_rows = batch_rows.data();
+  p.slots = slots.data();
+  p.dtype = static_cast<DType>(dtype);
+  p.norm = static_cast<Norm>(norm);
+  p.eps = eps;
+  p.key_norm = static_cast<Norm>(key_norm);
+  p.key_eps = key_eps;
+  p.shift = shift;
+  p.interleaved = interleaved;
+  p.layers = reinterpret_cast<const KvLayer*>(table);
+  p.places = reinterpret_cast<const KvPlace*>(places.data());
+  p.until = until;
+  p.workspace = reinterpret_cast<void*>(workspace);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::kv_fill(p);
+}
+
 void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
                 int64_t width, uintptr_t out) {
   py::gil_scoped_release release;
@@ -146,6 +185,21 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
         py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("threads"),
         "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  m.attr("kv_layer_fields") = sizeof(KvLayer) / sizeof(int64_t);
+  m.attr("kv_place_fields") = sizeof(KvPlace) / sizeof(int64_t);
+  m.def(
+      "kv_fill_workspace",
+      [](int dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int threads) {
+        return cpu::kv_fill_workspace(static_cast<DType>(dtype), rows, width, layers, head_size, threads);
+      },
+      py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("layers"), py::arg("head_size"), py::arg("threads"),
+      "Bytes of workspace that kv_fill needs.");
+  m.def("kv_fill", &kv_fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("width"),
+        py::arg("heads"), py::arg("head_size"), py::arg("rotary"), py::arg("source"), py::arg("from_layer"),
+        py::arg("batch_rows"), py::arg("slots"), py::arg("dtype"), py::arg("norm"), py::arg("eps"), py::arg("key_norm"),
+        py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("table"), py::arg("places"),
+        py::arg("until"), py::arg("workspace"), py::arg("threads"),
+        "Keys and values of skipped layers; see exeunt.ops.kv_fill.");
   m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
         py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
         "Cosine of pairs of rows; see exeunt.ops.saturation.");

@@ -94,6 +94,53 @@ struct SmallHeadParams {
   int32_t threads;
 };
 
+// What kv_fill needs of one layer: addresses of the model's own parameters, all of one dtype, with unit stride along
+// the last dimension; 0 where there is none. Strides of projections are in bytes, of vectors in elements. A row of the
+// table that ops/kv_stack.py writes, so only 64-bit fields.
+struct KvLayer {
+  const void *norm_weight, *norm_bias;  // [D]
+  const void* key;                      // [Hkv, Dh, D]
+  int64_t key_head, key_row;
+  const void* value;  // [Hkv, Dh, D]
+  int64_t value_head, value_row;
+  const void *key_bias, *value_bias;  // [Hkv, Dh]
+  int64_t key_bias_head, value_bias_head;
+  const void* key_norm;  // [Hkv, Dh], or [Dh] with head stride 0
+  int64_t key_norm_head;
+};
+
+// Where a layer's keys and values go, [B, Hkv, S, Dh] with strides in elements, and its rotary tables [N, R] float32 or
+// 0. Written by ops/kv_fill.py.
+struct KvPlace {
+  void *keys, *values;
+  int64_t key_row, key_head, key_slot, value_row, value_head, value_slot;
+  const float *cos, *sin;
+};
+
+// Rows are sorted by from_layer: those that a layer serves come first.
+struct KvFillParams {
+  const void* hidden;  // [*, D], dtype hidden_dtype, row stride hidden_stride elements
+  DType hidden_dtype;
+  int64_t hidden_stride;
+  int64_t rows, width, heads, head_size, rotary;            // N, D, Hkv, Dh, R
+  const int64_t *source, *from_layer, *batch_rows, *slots;  // [N]: row of hidden, first layer, place in the cache
+
+  DType dtype;  // of the parameters, of keys and values
+  Norm norm;
+  float eps;
+  Norm key_norm;
+  float key_eps;
+  float shift;  // added to norm weights (Gemma: 1)
+  bool interleaved;
+
+  const KvLayer* layers;  // [until]
+  const KvPlace* places;  // [until]
+  int64_t until;
+
+  void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned
+  int32_t threads;
+};
+
 // Cosine of a[n] and b[n], both [N, D].
 struct SaturationParams {
   const void *a, *b;

@@ -12,6 +12,8 @@ struct Isa {
   PackRow pack_row;
   ExitStatsChunk exit_stats_chunk;
   LinearRows linear_rows;
+  KvFillPack kv_fill_pack;
+  KvFillHead kv_fill_head;
 };
 
 const Isa& selected_isa();

@@ -54,12 +54,34 @@ struct LinearArgs {
 using LinearRows = void (*)(const LinearArgs&);
 using ExitStatsChunk = void (*)(const ExitStatsChunkArgs&);
 
-#define EXEUNT_DECLARE_KERNELS(isa)                                                       \
-  namespace isa {                                                                         \
-  int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                         \
-  void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x); \
-  void exit_stats_chunk(const ExitStatsChunkArgs& args);                                  \
-  void linear_rows(const LinearArgs& args);                                               \
+// The keys or the values of one head of one layer.
+struct KvHeadArgs {
+  const KvFillParams* p;
+  const KvLayer* layer;
+  const KvPlace* place;
+  int64_t head;
+  bool keys;
+  PackedRows x;
+  int64_t rows;      // of the layer
+  const char* next;  // what will be read after this head
+  char* panel;       // as in ExitStatsChunkArgs
+  float* out;        // scratch [64, kv_head_stride]
+};
+// kv_fill_pack  row n of the layer's input: the standardised row times weight, plus bias, rounded, packed
+// kv_fill_head  product, bias, norm, rotary embedding, and into the cache
+using KvFillPack = void (*)(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n,
+                            PackedRows x);
+using KvFillHead = void (*)(const KvHeadArgs&);
+
+#define EXEUNT_DECLARE_KERNELS(isa)                                                                             \
+  namespace isa {                                                                                               \
+  int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                                               \
+  void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);                       \
+  void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                        \
+  void linear_rows(const LinearArgs& args);                                                                     \
+  void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n, \
+                    PackedRows x);                                                                              \
+  void kv_fill_head(const KvHeadArgs& args);                                                                    \
   }
 EXEUNT_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -2,7 +2,9 @@
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg); next tile fetched ahead
 //   hidden rows      packed once in the form that the weight's dtype and the ISA want: a Kind below
-//   registers        R x C sums, R hidden rows by C weight rows, R * C = kSums; lanes run along D
+//   registers        R x C sums, R hidden rows by C weight rows, R * C = kSums; lanes run along D. One or two hidden
+//                    rows wait for memory alone, which is fastest read in one stream: where the weight is not packed,
+//                    as few of its rows at a time as keep the adders busy
 //   result           z[16] of each hidden row, handed to the epilogue while it is in L1
 //
 //   kind             weight line -> registers        hidden row          sums
@@ -79,11 +81,11 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const Tile& tile) {
 
 // kBytes     of a weight row that one step reads      Weight, Hidden  what load() and load_row() put in registers
 // kRowBytes  of the packed hidden row for that step   Sum             accumulator
-// kPlanes    packed rows per hidden row
+// kPlanes    packed rows per hidden row               kAdds           additions to a sum in one step
 
 struct FloatKind {
   using Sum = Vec;
-  static constexpr int kPlanes = 1;
+  static constexpr int kPlanes = 1, kAdds = 1;
   static constexpr int64_t kRowBytes = kLanes * 4;
   struct Weight {
     Vec v;
@@ -136,6 +138,7 @@ struct Int8 : FloatKind {
 // A register of bfloat16 split by parity takes a shift and a mask, where widening it in order takes three shuffles;
 // the hidden row is dealt out to match: the even elements of each step, then the odd ones.
 struct Bfloat16 : FloatKind {
+  static constexpr int kAdds = 2;
   static constexpr int64_t kBytes = kLanes * 4, kRowBytes = kLanes * 8;
   struct Weight {
     Vec even, odd;
@@ -170,6 +173,7 @@ struct Bfloat16 : FloatKind {
 template <class SumOf>
 struct LineKind {
   using Sum = SumOf;
+  static constexpr int kAdds = 1;
   static constexpr int64_t kBytes = kLine, kRowBytes = kLine;
   struct Weight {
     __m512i v;
@@ -239,16 +243,22 @@ EXEUNT_INLINE void add_line(const char* w, int64_t w_stride, const char* x, int6
   }
 }
 
+// Weight rows, read one after the other as they lie, that keep the adders busy for R hidden rows.
+template <class K, int R>
+constexpr int in_order() {
+  constexpr int kMost = kSums / R, kBusy = static_cast<int>(kLine / K::kBytes) * K::kAdds;
+  return R <= 2 && kBusy < kMost ? kBusy : kMost;
+}
+
 // z[r][i] = row i of the tile . hidden row r, for R rows. Wide rows go in blocks of D; between two blocks the sums wait
 // in `wait`, still spread over lanes, so the chain of each pair stays one. Meanwhile the next tile is fetched in
 // the order of its addresses, by each of `shares` groups a part, so that memory is busy all the time.
-template <class K, int R>
+template <class K, int R, int C>
 EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int share, int shares, const char*& next,
                          float (*z)[kTile]) {
   using Sum = typename K::Sum;
-  constexpr int C = kSums / R;
   constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
-  const int64_t block = R == 1 ? tile.lines : kBlock / kLineOfRow;
+  const int64_t block = R <= 2 ? tile.lines : kBlock / kLineOfRow;
   alignas(64) Sum wait[R][kTile];
   for (int64_t begin = 0; begin < tile.lines; begin += block) {
     const int64_t end = begin + block < tile.lines ? begin + block : tile.lines;
@@ -268,18 +278,22 @@ EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int 
         add_lines(std::true_type());
       else
         add_lines(std::false_type());
-      if (end < tile.lines) {
+      if (R * C < kSums || end < tile.lines) {
         for (int r = 0; r < R; ++r)
           for (int i = 0; i < C; ++i) wait[r][c + i] = sum[r][i];
         continue;
       }
       alignas(64) float out[R][C];
-      for (int i = 0; i < kSums; i += kLanes) {
+      for (int i = 0; i < R * C / kLanes * kLanes; i += kLanes) {
         const Sum sums = sum_each(&sum[0][0] + i);
         __builtin_memcpy(&out[0][0] + i, &sums, sizeof sums);
       }
       for (int r = 0; r < R; ++r) __builtin_memcpy(z[r] + c, out[r], sizeof out[r]);
     }
+  }
+  for (int i = 0; R * C < kSums && i < R * kTile; i += kLanes) {
+    const Sum sums = sum_each(&wait[0][0] + i);
+    __builtin_memcpy(&z[0][0] + i, &sums, sizeof sums);
   }
 }
 
@@ -314,7 +328,13 @@ struct VectorProduct {
     const char* next = tile.next;
     const auto take = [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value;
-      group<K, R>(tile, data + done * step, step, share++, shares, next, z);
+      const auto go = [&](auto rows) __attribute__((always_inline)) {
+        group<K, R, decltype(rows)::value>(tile, data + done * step, step, share++, shares, next, z);
+      };
+      if (tile.line_stride == kLine)
+        go(std::integral_constant<int, in_order<K, R>()>());
+      else
+        go(std::integral_constant<int, kSums / R>());
       for (int r = 0; r < R; r += K::kPlanes, done += K::kPlanes) {
         const int64_t row = done / K::kPlanes;
         K::finish(z[r], scale[row], tile);

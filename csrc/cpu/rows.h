@@ -31,21 +31,26 @@ void typed(const void* data, DType dtype, Use use) {
     use(static_cast<const Float16*>(data));
 }
 
-// x[0..width) = the norm of the row that begins at element `at` of hidden, rounded once to the dtype of the weight that
-// it will meet, as the model's own norm would hand it over. Statistics are taken in double: D is short beside the
-// product, and squares of large hidden values cannot overflow. `wide` is scratch for `width` doubles.
-inline void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm, DType weight,
-                      float* x, double* wide) {
+// wide[0..width) = the row that begins at element `at` of hidden, without its mean (layer) and divided by its size.
+// Statistics are taken in double: D is short beside the product, and squares of large hidden values cannot overflow.
+inline void standardise(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps,
+                        double* wide) {
   typed(hidden, dtype, [&](auto* h) {
     for (int64_t d = 0; d < width; ++d) wide[d] = to_float(h[at + d]);
   });
-  if (norm.kind != Norm::none) {
-    const double n = static_cast<double>(width);
-    const double mean = norm.kind == Norm::layer ? sum_of(width, [&](int64_t d) { return wide[d]; }) / n : 0.0;
-    const double power = sum_of(width, [&](int64_t d) { return (wide[d] - mean) * (wide[d] - mean); }) / n;
-    const double rstd = 1.0 / std::sqrt(power + static_cast<double>(norm.eps));
-    for (int64_t d = 0; d < width; ++d) wide[d] = (wide[d] - mean) * rstd;
-  }
+  if (kind == Norm::none) return;
+  const double n = static_cast<double>(width);
+  const double mean = kind == Norm::layer ? sum_of(width, [&](int64_t d) { return wide[d]; }) / n : 0.0;
+  const double power = sum_of(width, [&](int64_t d) { return (wide[d] - mean) * (wide[d] - mean); }) / n;
+  const double rstd = 1.0 / std::sqrt(power + static_cast<double>(eps));
+  for (int64_t d = 0; d < width; ++d) wide[d] = (wide[d] - mean) * rstd;
+}
+
+// x[0..width) = the norm of that row, rounded once to the dtype of the weight that it will meet, as the model's own
+// norm would hand it over. `wide` is scratch for `width` doubles.
+inline void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm, DType weight,
+                      float* x, double* wide) {
+  standardise(hidden, dtype, at, width, norm.kind, norm.eps, wide);
   if (norm.weight.data)
     typed(norm.weight.data, norm.weight.dtype, [&](auto* w) {
       for (int64_t d = 0; d < width; ++d) wide[d] *= to_float(w[d * norm.weight.stride]);

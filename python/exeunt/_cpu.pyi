@@ -2,8 +2,9 @@
 CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 """
 from __future__ import annotations
+import collections.abc
 import typing
-__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'saturation', 'select_isa', 'small_head', 'version']
+__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill', 'kv_fill_workspace', 'kv_layer_fields', 'kv_place_fields', 'saturation', 'select_isa', 'small_head', 'version']
 def amx_refused() -> bool:
     """
     Whether the CPU has AMX and the operating system refused it.
@@ -20,6 +21,14 @@ def isa() -> str:
     """
     The instruction set in use.
     """
+def kv_fill(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, source: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], from_layer: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], batch_rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, table: typing.SupportsInt | typing.SupportsIndex, places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], until: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Keys and values of skipped layers; see exeunt.ops.kv_fill.
+    """
+def kv_fill_workspace(dtype: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Bytes of workspace that kv_fill needs.
+    """
 def saturation(a: typing.SupportsInt | typing.SupportsIndex, a_dtype: typing.SupportsInt | typing.SupportsIndex, a_stride: typing.SupportsInt | typing.SupportsIndex, b: typing.SupportsInt | typing.SupportsIndex, b_dtype: typing.SupportsInt | typing.SupportsIndex, b_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Cosine of pairs of rows; see exeunt.ops.saturation.
@@ -32,4 +41,6 @@ def small_head(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: 
     """
     Fused norm, pooler and head of few classes; see exeunt.ops.small_head.
     """
+kv_layer_fields: int = 14
+kv_place_fields: int = 10
 version: str = '0.1.0'

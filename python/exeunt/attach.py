@@ -30,9 +30,11 @@ from torch import Tensor, nn
 
 from exeunt.calibration import Calibration
 from exeunt.exit_points import ExitPoints
+from exeunt.fill import fill_in
 from exeunt.models import (
     CACHE_KEYWORD,
     KeyValues,
+    KeyValueWeights,
     LayerCall,
     LayerFunction,
     Structure,
@@ -139,6 +141,7 @@ class Attached:
         self.model, self.recipe, self.calibration = model, recipe, calibration
         self.depth = len(self.structure.layers)
         self._points = ExitPoints(self.structure, recipe)
+        self._weights = KeyValueWeights.find(self.structure)
         self._local = _UnderWay()
         self._undo: list[Callable[[], None]] = []
         self.reset_report()
@@ -281,13 +284,16 @@ class Attached:
                 f"cache: expected one that this {type(self.model).__name__} filled, "
                 f"got one of another {type(owner).__name__}"
             )
-        self._settle(cache)
+        for layer in own_cache(cache).layers:
+            layer.settle()
         state.fill, state.owner = self._fill, weakref.ref(self.model)
 
     def _layer(self, i: int, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of decoder layer i."""
         stock, local = LayerFunction(module), self._local
         checks = i in self.recipe.exits
+        # Layers that a row which runs this one will surely run: what they owe is written together.
+        segment_end = min((e for e in self.recipe.exits if e >= i), default=self.depth - 1) + 1
 
         @functools.wraps(type(module).forward)
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -297,6 +303,8 @@ class Attached:
             step = self._begin(hidden, kwargs) if i == 0 else local.step
             if step is None:
                 return stock(hidden, **kwargs)
+            if step.running and i in step.state.pending:
+                self._settle(step.cache, i, segment_end)
             if step.running == step.batch:
                 out = stock(hidden, **kwargs)
                 after, step.rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
@@ -326,20 +334,21 @@ class Attached:
             step.rest = spread(rest, rows, step.batch)
         if step.left is not None:
             layer.owe(step.token, call, step.left)
-            if not self.recipe.state.lazy:
-                layer.settle()
         return after
 
     def _fill(self, skipped: list[tuple[LayerCall, Tensor]]) -> KeyValues:
-        """Keys and values of a skipped layer: the state strategy's, counted."""
-        self._report.fill_ins += sum(len(rows) for _, rows in skipped)
+        """Keys and values of one skipped layer by its own code: the state strategy's, counted."""
+        rows = sum(len(rows) for _, rows in skipped)
+        self._report.fill_ins += rows
+        self._report.captures += rows
         return self.recipe.state.fill(skipped)
 
-    def _settle(self, cache: Any) -> None:
-        """Write all that is pending in a cache."""
-        for layer in getattr(own_cache(cache), "layers", ()):
-            if isinstance(layer, self._cache.ExitCacheLayer):
-                layer.settle()
+    def _settle(self, cache: Any, first: int = 0, until: int | None = None) -> None:
+        """Write what layers of a cache owe; all of them by default."""
+        layers = getattr(own_cache(cache), "layers", ())
+        if layers and isinstance(layers[0], self._cache.ExitCacheLayer) and len(layers) == self.depth:
+            filled = fill_in(layers, self._weights, first, until)  # _fill may count meanwhile
+            self._report.fill_ins += filled
 
     def _head(self, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of the output embedding, called after the final norm."""
@@ -369,7 +378,7 @@ class Attached:
 
     def _count(self, step: Step) -> None:
         self._local.full_since = None
-        if step.state.waiting > self.recipe.state.limit:
+        if step.state.pending and (not self.recipe.state.lazy or step.state.waiting > self.recipe.state.limit):
             self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch

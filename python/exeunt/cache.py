@@ -25,11 +25,14 @@ class Token:
     ----------
     slot : int
         Its place in the cache.
+    depth : Tensor
+        [B] int64: the layer after which each row of its decoding step left.
     origin : Tensor or None
         [B] int64: the row of the decoding step that each row of the cache comes from; None while rows have not moved.
     """
 
     slot: int
+    depth: Tensor
     origin: Tensor | None = None
 
     def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +271,7 @@ class ExitCacheLayer(DynamicLayer):
         if self.state is None or self.index not in self.state.pending:
             return
         owed = self.state.pending[self.index]
-        self._reserve(self.length)
+        self.reserve()
         assert self._keys is not None and self._values is not None and self.state.fill is not None
         located = [(token.slot, call, *token.locate(rows)) for token, call, rows in owed]
         if any(now.numel() for _, _, now, _ in located):
@@ -279,6 +282,16 @@ class ExitCacheLayer(DynamicLayer):
             self._keys[rows, :, slots] = filled.keys[:, :, 0]
             self._values[rows, :, slots] = filled.values[:, :, 0]
         del self.state.pending[self.index]
+
+    def reserve(self) -> None:
+        """Make sure that every token of the layer has a place that may be written to."""
+        self._reserve(self.length)
+
+    @property
+    def storage(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, capacity, Dh] as they are, whatever the layer owes."""
+        assert self._keys is not None and self._values is not None
+        return self._keys, self._values
 
     # ---- storage
 

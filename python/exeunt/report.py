@@ -30,6 +30,8 @@ class Report:
         Layer-rows executed.
     fill_ins : int
         Layer-rows for which only keys and values were computed.
+    captures : int
+        How many of them the stock layer computed itself, since ``kv_fill`` does not serve this model.
     head_reads : int
         Passes over the output embedding's weight: checks plus final logits; the stock model makes one a step.
     checks : int
@@ -55,6 +57,7 @@ class Report:
     tokens: int = 0
     layer_rows: int = 0
     fill_ins: int = 0
+    captures: int = 0
     head_reads: int = 0
     checks: int = 0
     exit_layers: list[Tensor] = field(default_factory=list)
@@ -88,7 +91,7 @@ class Report:
         share = self.layer_rows / self.full_layer_rows if self.full_layer_rows else 0.0
         lines.append(
             f"  layer-rows   {self.layer_rows} run of {self.full_layer_rows} at full depth ({share:.1%}), "
-            f"{self.fill_ins} filled in"
+            f"{self.fill_ins} filled in" + (f" ({self.captures} by the stock layers)" if self.captures else "")
         )
         for depth, count in self.histogram.items():
             what = "row had ended" if depth == FINISHED else f"left after layer {depth}"

@@ -78,7 +78,7 @@ class Step:
         """This step's token, as the layers that rows of it skip remember it."""
         from exeunt.cache import Token  # here, since it imports transformers
 
-        return Token(self.length)
+        return Token(self.length, self.depth)
 
     @cached_property
     def seen(self) -> Any:

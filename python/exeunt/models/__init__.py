@@ -2,6 +2,7 @@
 
 from exeunt.models.discovery import discover
 from exeunt.models.families import ATTENTION
+from exeunt.models.key_values import KeyValueWeights, rotary_of
 from exeunt.models.layer_call import (
     CACHE_KEYWORD,
     KeyValues,
@@ -15,6 +16,6 @@ from exeunt.models.layer_call import (
 from exeunt.models.structure import FinalNorm, HeadForm, Structure
 
 __all__ = [
-    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValues", "LayerCall", "LayerFunction", "RowTaker",
-    "Structure", "discover", "own_cache", "spread", "stand_in",
+    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValueWeights", "KeyValues", "LayerCall", "LayerFunction",
+    "RowTaker", "Structure", "discover", "own_cache", "rotary_of", "spread", "stand_in",
 ]  # fmt: skip

@@ -3,7 +3,21 @@
 from exeunt.ops._backend import DTYPES
 from exeunt.ops.compact import compact, expand
 from exeunt.ops.exit_stats import exit_stats
+from exeunt.ops.kv_fill import kv_fill
+from exeunt.ops.kv_stack import KVLayer, KVStack
 from exeunt.ops.packed_head import PackedHead
 from exeunt.ops.small_head import probe, saturation, small_head
 
-__all__ = ["DTYPES", "PackedHead", "compact", "exit_stats", "expand", "probe", "saturation", "small_head"]
+__all__ = [
+    "DTYPES",
+    "KVLayer",
+    "KVStack",
+    "PackedHead",
+    "compact",
+    "exit_stats",
+    "expand",
+    "kv_fill",
+    "probe",
+    "saturation",
+    "small_head",
+]

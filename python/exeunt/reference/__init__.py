@@ -2,6 +2,7 @@
 
 from exeunt.reference.compact import compact, expand
 from exeunt.reference.exit_stats import exit_stats
+from exeunt.reference.kv_fill import kv_fill
 from exeunt.reference.small_head import probe, saturation, small_head
 
-__all__ = ["compact", "exit_stats", "expand", "probe", "saturation", "small_head"]
+__all__ = ["compact", "exit_stats", "expand", "kv_fill", "probe", "saturation", "small_head"]

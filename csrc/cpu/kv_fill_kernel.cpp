@@ -1,0 +1,134 @@
+// kv_fill, one head of one layer: the streaming product, and as its epilogue what a stock layer does to keys and values
+// before it hands them to the cache.
+//
+//   tile of 16 weight rows . packed rows -> out[row][16 of Dh]     until the head is whole
+//   values:  + bias                                    -> cache
+//   keys:    + bias -> norm over Dh -> rotary embedding -> cache   all in float32, rounded once on the way into the
+//   cache
+//
+// Hazard: two threads never write one head; the caller has checked that no two rows share a slot.
+#include "cpu/product.h"
+#include "cpu/vec.h"
+
+namespace exeunt::cpu::EXEUNT_ISA {
+namespace {
+
+// use(T*) with the element type that the dtype names.
+template <class Use>
+EXEUNT_INLINE void typed_vector(const void* data, DType dtype, Use&& use) {
+  if (dtype == DType::float32)
+    use(static_cast<const float*>(data));
+  else if (dtype == DType::bfloat16)
+    use(static_cast<const BFloat16*>(data));
+  else
+    use(static_cast<const Float16*>(data));
+}
+
+// Norm over the head, in double as all statistics of norms.
+EXEUNT_INLINE void normalise_head(float* z, const KvFillParams& p, const KvLayer& layer, int64_t head) {
+  const double size = static_cast<double>(p.head_size);
+  double mean = 0.0, power = 0.0;
+  if (p.key_norm == Norm::layer) {
+    for (int64_t d = 0; d < p.head_size; ++d) mean += z[d];
+    mean /= size;
+  }
+  for (int64_t d = 0; d < p.head_size; ++d) power += (z[d] - mean) * (z[d] - mean);
+  const double rstd = 1.0 / __builtin_sqrt(power / size + static_cast<double>(p.key_eps));
+  for (int64_t d = 0; d < p.head_size; ++d) {
+    const float weight = value_at(layer.key_norm, p.dtype, head * layer.key_norm_head + d) + p.shift;
+    z[d] = static_cast<float>((z[d] - mean) * rstd) * weight;
+  }
+}
+
+// z[a] * cos[a] + partner * sin[a]; a pair is half the table apart, or side by side.
+EXEUNT_INLINE void rotate(float* z, const float* cos, const float* sin, int64_t size, bool interleaved) {
+  const auto turn = [&](int64_t a, int64_t b) __attribute__((always_inline)) {
+    const float x = z[a], y = z[b];
+    z[a] = x * cos[a] - y * sin[a];
+    z[b] = y * cos[b] + x * sin[b];
+  };
+  if (interleaved)
+    for (int64_t a = 0; a < size; a += 2) turn(a, a + 1);
+  else
+    for (int64_t a = 0; a < size / 2; ++a) turn(a, a + size / 2);
+}
+
+EXEUNT_INLINE void store_row(void* out, DType dtype, int64_t at, const float* z, int64_t size) {
+  if (dtype == DType::float32)
+    __builtin_memcpy(static_cast<float*>(out) + at, z, sizeof(float) * static_cast<uint64_t>(size));
+  else if (dtype == DType::bfloat16)
+    for (int64_t d = 0; d < size; ++d) static_cast<BFloat16*>(out)[at + d] = to_bfloat16(z[d]);
+  else
+    for (int64_t d = 0; d < size; ++d) static_cast<Float16*>(out)[at + d] = to_float16(z[d]);
+}
+
+}  // namespace
+
+void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n,
+                  PackedRows x) {
+  const double shift = p.shift;
+  if (layer.norm_weight) {
+    typed_vector(layer.norm_weight, p.dtype, [&](auto* w) {
+      if (layer.norm_bias)
+        typed_vector(layer.norm_bias, p.dtype, [&](auto* b) {
+          for (int64_t d = 0; d < p.width; ++d)
+            row[d] = static_cast<float>(standard[d] * (to_float(w[d]) + shift) + to_float(b[d]));
+        });
+      else
+        for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d] * (to_float(w[d]) + shift));
+    });
+  } else {
+    for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d]);
+  }
+  if (p.dtype != DType::float32)
+    for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(p.dtype, row[d]);
+  pack_row(p.dtype, row, p.width, n, x);
+}
+
+void kv_fill_head(const KvHeadArgs& a) {
+  const KvFillParams& p = *a.p;
+  const KvLayer& layer = *a.layer;
+  const KvPlace& place = *a.place;
+  const char* data = static_cast<const char*>(a.keys ? layer.key : layer.value);
+  const int64_t head_stride = a.keys ? layer.key_head : layer.value_head;
+  const int64_t row_stride = a.keys ? layer.key_row : layer.value_row;
+  const WeightArg weight{data + a.head * head_stride, p.dtype, false, kTile * row_stride, row_stride, kLine, nullptr};
+  const void* bias = a.keys ? layer.key_bias : layer.value_bias;
+  const int64_t bias_at = a.head * (a.keys ? layer.key_bias_head : layer.value_bias_head);
+  void* out = a.keys ? place.keys : place.values;
+  const int64_t out_row = a.keys ? place.key_row : place.value_row;
+  const int64_t out_slot = a.keys ? place.key_slot : place.value_slot;
+  const int64_t out_head = a.head * (a.keys ? place.key_head : place.value_head);
+  const int64_t stride = (p.head_size + kTile - 1) / kTile * kTile, block = product_rows(p.dtype);
+
+  product_begin(p.dtype);
+  for (int64_t first = 0; first < a.rows; first += block) {
+    const int64_t rows = a.rows - first < block ? a.rows - first : block;
+    for (int64_t at = 0; at < p.head_size; at += kTile) {
+      const int count = static_cast<int>(p.head_size - at < kTile ? p.head_size - at : kTile);
+      Tile tile = tile_of(weight, p.width, at, count, nullptr, a.panel);
+      if (at + kTile >= p.head_size)
+        tile.next = first + block < a.rows ? static_cast<const char*>(weight.data) : a.next;
+      const auto epilogue = [&](int64_t r, const float* z) {
+        __builtin_memcpy(a.out + r * stride + at, z, sizeof(float) * kTile);
+      };
+      product(p.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = first + r;
+      float* z = a.out + r * stride;
+      if (bias)
+        for (int64_t d = 0; d < p.head_size; ++d) z[d] += value_at(bias, p.dtype, bias_at + d);
+      if (a.keys && p.key_norm != Norm::none) normalise_head(z, p, layer, a.head);
+      if (a.keys && place.cos) {
+        const int64_t table = p.source[n] * p.rotary;
+        rotate(z, place.cos + table, place.sin + table, p.rotary, p.interleaved);
+      }
+      const int64_t to = p.batch_rows[n] * out_row + p.slots[n] * out_slot + out_head;
+      store_row(out, p.dtype, to, z, p.head_size);
+    }
+  }
+  product_end(p.dtype);
+}
+
+}  // namespace exeunt::cpu::EXEUNT_ISA

@@ -1,0 +1,116 @@
+"""Writing what skipped layers owe a cache: all of it in one kv_fill where the model's weights allow that.
+
+Where they do not (an adapter on a projection, a norm or an embedding that ``kv_fill`` does not know), each layer's own
+code computes its keys and values, one layer at a time: :meth:`ExitCacheLayer.settle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from exeunt.models import KeyValueWeights, rotary_of
+from exeunt.ops import KVStack, kv_fill
+
+if TYPE_CHECKING:
+    from exeunt.cache import ExitCacheLayer, Skipped
+
+__all__ = ["fill_in"]
+
+
+@torch.no_grad()
+def fill_in(
+    layers: Sequence[ExitCacheLayer], weights: KeyValueWeights | None, first: int = 0, until: int | None = None
+) -> int:
+    """Write what the layers ``first <= l < until`` of a cache owe.
+
+    Parameters
+    ----------
+    layers : sequence of ExitCacheLayer
+        All layers of the cache.
+    weights : KeyValueWeights or None
+        Of the model; None: every layer's own code.
+    first, until : int
+        Which layers; by default all.
+
+    Returns
+    -------
+    int
+        Layer-rows that kv_fill wrote; the layers count what they write themselves.
+    """
+    until = len(layers) if until is None else until
+    state = layers[0].state
+    owing = [i for i in range(first, until) if state is not None and i in state.pending]
+    if state is None or not owing:
+        return 0
+    stack = None if weights is None else weights.current()
+    if stack is None or weights is None:
+        for i in owing:
+            layers[i].settle()
+        return 0
+    return _fill_at_once(layers, stack, weights.rotates, owing)
+
+
+def _fill_at_once(
+    layers: Sequence[ExitCacheLayer], stack: KVStack, rotates: Sequence[bool], owing: Sequence[int]
+) -> int:
+    state = layers[0].state
+    assert state is not None
+    deepest: dict[Any, Skipped] = {}  # of each token: there it has the most rows that left, with their exit states
+    for i in reversed(owing):
+        for skipped in state.pending[i]:
+            deepest.setdefault(skipped.token, skipped)
+    found = []
+    for token, skipped in deepest.items():
+        now, then = token.locate(skipped.rows)
+        if now.numel():
+            found.append((token, skipped, now, then))
+    first, until = owing[0], owing[-1] + 1
+    count = 0
+    if found:
+        hidden = torch.cat([skipped.call.hidden[:, 0].index_select(0, then) for _, skipped, _, then in found])
+        depth = torch.cat([token.depth.index_select(0, then) for token, _, _, then in found])
+        rows = torch.cat([now for _, _, now, _ in found])
+        slots = torch.cat([torch.full_like(now, token.slot) for token, _, now, _ in found])
+        for i in owing:
+            layers[i].reserve()
+        from_layer = depth.add(1).clamp_(min=first)
+        keys, values = [layer.storage[0] for layer in layers], [layer.storage[1] for layer in layers]
+        tables = _rotary(state.pending, found, rotates, owing, len(layers))
+        kv_fill(hidden, from_layer, rows, slots, stack, keys, values, rotary=tables, until=until)
+        count = int((until - from_layer).sum())
+    for i in owing:
+        del state.pending[i]
+    return count
+
+
+def _rotary(
+    pending: dict[int, list[Skipped]],
+    found: list[tuple[Any, Skipped, Tensor, Tensor]],
+    rotates: Sequence[bool],
+    owing: Sequence[int],
+    depth: int,
+) -> list[tuple[Tensor, Tensor] | None]:
+    """By layer, the tables of all the rows as the model gave them to it; the same objects where it gave the same."""
+    made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    tables: list[tuple[Tensor, Tensor] | None] = [None] * depth
+    for i in owing:
+        if not rotates[i]:
+            continue
+        own = {skipped.token: skipped.call for skipped in pending[i]}
+        pairs = [rotary_of(own.get(token, skipped.call).arguments) for token, skipped, _, _ in found]
+        key = tuple(map(id, pairs))
+        if key not in made:
+            parts = [[_rows(t, then) for t in pair] for pair, (_, _, _, then) in zip(pairs, found, strict=True) if pair]
+            cos, sin = (torch.cat(list(part)).float() for part in zip(*parts, strict=True))
+            made[key] = cos, sin
+        tables[i] = made[key]
+    return tables
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows [n, R] of a table [B or 1, 1, R]."""
+    return table[:, 0].expand(max(len(table), int(rows.max()) + 1), -1).index_select(0, rows)

@@ -1,0 +1,160 @@
+"""What kv_fill knows of a model: where the parameters that make keys and values lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from exeunt.ops._backend import DTYPES, NORMS, pointer
+
+__all__ = ["KVLayer", "KVStack"]
+
+
+@dataclass(frozen=True, eq=False)
+class KVLayer:
+    """The parameters of one layer between its hidden state and its keys and values, as views of the model's own.
+
+    Attributes
+    ----------
+    key, value : Tensor
+        [Hkv, Dh, D] weights with unit stride along D: a view, of a fused projection too.
+    key_bias, value_bias : Tensor, optional
+        [Hkv, Dh].
+    norm_weight, norm_bias : Tensor, optional
+        [D], of the norm before the projections.
+    key_norm : Tensor, optional
+        [Dh] or [Hkv, Dh], weight of a norm over each head's keys, before the rotary embedding.
+    """
+
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+class KVStack:
+    """Norms and key / value projections of all layers of a model, for :func:`exeunt.ops.kv_fill`.
+
+    Nothing is copied: it is a table of addresses of the model's own parameters, so a weight that is changed in place is
+    used as it is now. A parameter that is *replaced* by another tensor needs another stack.
+
+    Parameters
+    ----------
+    layers : sequence of KVLayer
+        In the order of the model's layers; all of one shape, dtype and device.
+    norm : {None, "rms", "layer"}
+        Norm before the projections, the same in every layer.
+    eps : float, default 1e-6
+        Of that norm.
+    key_norm : {None, "rms", "layer"}
+        Norm over each head's keys.
+    key_eps : float, default 1e-6
+        Of that norm.
+    shift : float, default 0.0
+        Added to the weights of both norms (Gemma's ``1 + w``: 1.0).
+    interleaved : bool, default False
+        Rotary pairs are neighbours (GPT-J, Cohere), not half the table apart.
+
+    Raises
+    ------
+    ValueError, TypeError
+        One sentence on what was expected and what came.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.ops import KVLayer, KVStack
+    >>> layers = [KVLayer(torch.randn(2, 16, 64), torch.randn(2, 16, 64), norm_weight=torch.ones(64)) for _ in range(3)]
+    >>> KVStack(layers, norm="rms")
+    KVStack(3 layers, D=64, Hkv=2, Dh=16, torch.float32)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KVLayer],
+        *,
+        norm: str | None = None,
+        eps: float = 1e-6,
+        key_norm: str | None = None,
+        key_eps: float = 1e-6,
+        shift: float = 0.0,
+        interleaved: bool = False,
+    ) -> None:
+        if not layers:
+            raise ValueError("KVStack: expected at least one layer, got none")
+        for name, kind in (("norm", norm), ("key_norm", key_norm)):
+            if kind not in NORMS:
+                raise ValueError(f"KVStack: {name} must be None, 'rms' or 'layer', got {kind!r}")
+        self.layers = tuple(layers)
+        self.norm, self.eps, self.key_norm, self.key_eps = norm, eps, key_norm, key_eps
+        self.shift, self.interleaved = shift, interleaved
+        first = self.layers[0].key
+        if first.dim() != 3 or 0 in first.shape:
+            raise ValueError(f"KVStack: key must have shape [Hkv, Dh, D], got {[*first.shape]}")
+        if first.dtype not in DTYPES:
+            raise TypeError(f"KVStack: key must be float32, bfloat16 or float16, got {first.dtype}")
+        self.heads, self.head_size, self.width = first.shape
+        self.dtype, self.device = first.dtype, first.device
+        for index, layer in enumerate(self.layers):
+            self._check(index, layer)
+
+    def _check(self, index: int, layer: KVLayer) -> None:
+        heads, size, width = self.heads, self.head_size, self.width
+        allowed: dict[str, list[tuple[int, ...]]] = {
+            "key": [(heads, size, width)], "value": [(heads, size, width)],
+            "key_bias": [(heads, size)], "value_bias": [(heads, size)],
+            "norm_weight": [(width,)], "norm_bias": [(width,)],
+            "key_norm": [(size,), (heads, size)],
+        }  # fmt: skip
+        for name, shapes in allowed.items():
+            t = getattr(layer, name)
+            if t is None:
+                continue
+            if tuple(t.shape) not in shapes:
+                wanted = " or ".join(str([*s]) for s in shapes)
+                raise ValueError(f"KVStack: {name} of layer {index} must have shape {wanted}, got {[*t.shape]}")
+            if (t.dtype, t.device) != (self.dtype, self.device):
+                raise TypeError(
+                    f"KVStack: {name} of layer {index} must be {self.dtype} on {self.device} like the first key, "
+                    f"got {t.dtype} on {t.device}"
+                )
+            if t.stride(-1) != 1:
+                raise ValueError(f"KVStack: {name} of layer {index} must have unit stride, got {[*t.stride()]}")
+        if (layer.key_norm is not None) != (self.key_norm is not None):
+            raise ValueError(f"KVStack: layer {index} must have a key_norm weight exactly if key_norm names its kind")
+
+    def __len__(self) -> int:
+        """Layers."""
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        """Sizes."""
+        sizes = f"D={self.width}, Hkv={self.heads}, Dh={self.head_size}, {self.dtype}"
+        return f"KVStack({len(self)} layers, {sizes})"
+
+    @cached_property
+    def table(self) -> Tensor:
+        """[L, 14] int64: a ``KvLayer`` of csrc/core/params.h a row."""
+        return torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64)
+
+
+def _fields(layer: KVLayer) -> list[int]:
+    def strides(weight: Tensor) -> tuple[int, int]:
+        return weight.stride(0) * weight.element_size(), weight.stride(1) * weight.element_size()
+
+    def head_stride(vector: Tensor | None) -> int:
+        return 0 if vector is None or vector.dim() == 1 else vector.stride(0)
+
+    return [
+        pointer(layer.norm_weight), pointer(layer.norm_bias),
+        pointer(layer.key), *strides(layer.key), pointer(layer.value), *strides(layer.value),
+        pointer(layer.key_bias), pointer(layer.value_bias), head_stride(layer.key_bias), head_stride(layer.value_bias),
+        pointer(layer.key_norm), head_stride(layer.key_norm),
+    ]  # fmt: skip
