@@ -177,3 +177,25 @@ def test_propagate_equals_the_oracle_that_runs_everything(family):
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=1e-3, atol=2e-3)
         assert early.report().layer_rows == int((depths + 1).sum()) < early.report().full_layer_rows
         assert counted.rows == [prompt + int((depths >= i).sum()) for i in range(zoo.LAYERS)]
+
+
+WAYS = {
+    "beams": dict(num_beams=2),
+    "sampled": dict(do_sample=True, top_k=20),
+    "eager attention": {},
+    "bfloat16": {},
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_bit_identical_under_other_ways_to_generate(name, way):
+    options = dict(attn_implementation="eager") if way == "eager attention" else {}
+    model = zoo.make(name, **options).to(torch.bfloat16 if way == "bfloat16" else torch.float32)
+    given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in zoo.inputs(model).items()}
+    plain = zoo.generate(model, given, new=6, **WAYS[way])
+    with exeunt.attach(model, exeunt.recipes.calm(EXITS, math.inf)) as early:
+        got = zoo.generate(model, given, new=6, **WAYS[way])
+    assert torch.equal(got.sequences, plain.sequences) and early.report().steps == 5
+    assert torch.equal(torch.stack(got.logits), torch.stack(plain.logits))

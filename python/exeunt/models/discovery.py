@@ -276,22 +276,19 @@ def _head_form(model: Any, head: Any, trace: _Trace) -> HeadForm | None:
     if head.weight.device.type == "meta" or not _near(F.linear(read, head.weight, getattr(head, "bias", None)), raw):
         return None  # adapters, quantised weights: not a plain product
     config = model.config.get_text_config(decoder=True)
-    if torch.equal(raw, logits):
-        bias = LOGIT_BIAS if isinstance(getattr(model, LOGIT_BIAS, None), Tensor) else None
-        return HeadForm(before, bias=bias)
+    softcap = getattr(config, SOFTCAP, None)
     scales = [f(value) for key, f in LOGIT_SCALES.items() if (value := getattr(config, key, None))]
-    forms = [HeadForm(before, scale=scale) for scale in (*scales, _ratio(logits, raw))]
+    # What the configuration says comes first: where logits are small a bound by tanh hardly shows.
+    forms = [HeadForm(before, scale=scale, softcap=softcap) for scale in (*scales, 1.0) if softcap or scale != 1.0]
     if isinstance(getattr(model, LOGIT_BIAS, None), Tensor):
         forms.append(HeadForm(before, bias=LOGIT_BIAS))
-    if softcap := getattr(config, SOFTCAP, None):
-        forms += [HeadForm(before, scale=scale, softcap=softcap) for scale in (1.0, *scales)]
-    for form in forms:
+    for form in (*forms, HeadForm(before), HeadForm(before, scale=_ratio(logits, raw))):
         z = raw.float() * form.scale
         if form.bias is not None:
             z = z + getattr(model, form.bias).float()
         if form.softcap is not None:
             z = form.softcap * torch.tanh(z / form.softcap)
-        if _near(z, logits.float()):
+        if torch.equal(raw, logits) if form == HeadForm(before) else _near(z.to(logits.dtype), logits):
             return form
     return None
 
