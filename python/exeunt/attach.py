@@ -64,7 +64,7 @@ class _UnderWay(threading.local):
 
 
 def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
-    """Let tokens of a stock causal language model leave early.
+    """Let tokens of a stock decoder, or of an encoder-decoder's decoder, leave early.
 
     ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a batch leaves
     on its own. Prompts, forwards of several tokens and assisted decoding run at full depth. While nothing leaves, the
@@ -73,7 +73,8 @@ def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.Pa
     Parameters
     ----------
     model : nn.Module
-        A transformers causal language model of the Llama family.
+        A transformers model that generates text; ``docs/models.md`` lists families and versions that are tested.
+        Others work if discovery finds their parts.
     recipe : Recipe
         For example ``exeunt.recipes.calm(exits=[8, 12], threshold=0.9)``.
     calibration : Calibration or path, optional
@@ -87,10 +88,11 @@ def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.Pa
     Raises
     ------
     ValueError
-        One sentence: a model without decoder layers, exits outside 0..L-2, heads of another width or dtype, a model
-        that has exits already, a calibration of another model, other heads or another recipe.
+        One sentence: a model without decoder layers or whose parts work in another way, attention or a cache that exits
+        cannot use, exits outside 0..L-2, heads of another width or dtype, a model that has exits already, a
+        calibration of another model, other heads or another recipe.
     ImportError
-        Without transformers.
+        Without transformers, or with a version of it that is not supported.
 
     Examples
     --------
