@@ -209,6 +209,8 @@ class Attached:
             cache, kept = kwargs.get(CACHE_KEYWORD), self._limits.full_depth(mode, config)
             if kept is not None:
                 warnings.warn(f"exeunt: no exits in this generation: {kept} keeps it at full depth", stacklevel=4)
+            if cache is None and config.use_cache is not False:  # transformers 5.0 leaves it to the first forward
+                cache = kwargs[CACHE_KEYWORD] = self._limits.default_cache(model)
             if cache is not None:
                 state = self._limits.adopted(cache, self.depth)
                 self._settle(cache)

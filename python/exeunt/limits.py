@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from transformers import DynamicCache, EncoderDecoderCache
 
 from exeunt import cache as caches
 from exeunt.models import ATTENTION, own_cache
@@ -15,7 +16,7 @@ from exeunt.models import ATTENTION, own_cache
 if TYPE_CHECKING:
     from exeunt.cache import GenerationState
 
-__all__ = ["adopted", "check_model", "full_depth"]
+__all__ = ["adopted", "check_model", "default_cache", "full_depth"]
 
 VERSIONS = ((4, 57), (6, 0))  # from, and up to but without
 
@@ -42,6 +43,13 @@ def full_depth(mode: str, config: Any) -> str | None:
     if config.output_attentions:
         return "output_attentions"
     return "use_cache=False" if config.use_cache is False else None
+
+
+def default_cache(model: Any) -> Any:
+    """The cache that a model makes for itself."""
+    config = model.config.get_text_config(decoder=True)
+    own = DynamicCache(config=config)
+    return EncoderDecoderCache(own, DynamicCache(config=config)) if model.config.is_encoder_decoder else own
 
 
 def adopted(cache: Any, depth: int) -> GenerationState:
