@@ -23,7 +23,7 @@ model's own logits bit for bit (or scaled, bounded or shifted in a way it has id
 for one row gives what the whole batch gives that row, keys and values included. A model that is not listed works if
 it passes these checks; if it does not, `attach` says in one sentence which part was missing.
 
-{versions} of transformers; other versions are refused. **yes** says that on this version
+Run on transformers {versions}; versions before 4.57 and from 6 on are refused. **yes** says that on this version
 - with a threshold that never fires, logits and tokens of `generate` are those of the model alone, bit for bit: greedy,
   with beams, sampled, with eager attention, and in bfloat16;
 - tokens that leave (CALM's state propagation, eager and lazy) give the tokens, depths and logits of an oracle that
