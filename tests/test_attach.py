@@ -284,14 +284,6 @@ def test_two_generations_at_once_keep_their_own_state(model):
         assert torch.equal(got[:, 9:][~ended], w[:, 9:][~ended])
 
 
-def test_other_caches_run_at_full_depth_and_say_so(model):
-    plain = generate(model, prompts(), cache_implementation="static", disable_compile=True)
-    with exeunt.attach(model, exeunt.recipes.calm([0], 0.0)) as early:
-        got = generate(model, prompts(), cache_implementation="static")
-    assert torch.equal(got.sequences, plain.sequences)
-    assert early.report().unsupported_caches == NEW - 1 and "not supported yet" in str(early.report())
-
-
 def test_tied_embeddings_and_bfloat16():
     model = tiny_llama(tie_word_embeddings=True).bfloat16()
     with exeunt.attach(model, exeunt.recipes.calm([1, 3], 0.3, confidence="max_prob")) as early:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers", reason="caches are transformers caches")
 from exeunt.cache import ExitCacheLayer, adopt
 from exeunt.models import KeyValues
+from exeunt.sliding import SlidingExitCacheLayer
 from oracle import tiny_llama
 
 
@@ -88,9 +89,37 @@ def test_other_caches_are_left_alone():
     model = tiny_llama(layers=2)
     static = transformers.StaticCache(config=model.config, max_cache_len=8)
     assert adopt(static, 2) is None and adopt(None, 2) is None
+
+
+@pytest.mark.parametrize("held", [0, 2, 9])
+def test_a_sliding_window_shows_what_the_stock_layer_shows(held):
+    """Also when it is adopted after tokens have left the window."""
     config = transformers.MistralConfig(num_hidden_layers=2, sliding_window=4)
-    sliding = transformers.DynamicCache(config=config)
-    assert adopt(sliding, 2) is None and not isinstance(sliding.layers[0], ExitCacheLayer)
+    stock, ours = (transformers.DynamicCache(config=config) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+
+    def feed(count, caches):
+        new = [torch.randn(2, 3, count, 8, generator=g) for _ in range(2)]
+        return [[cache.update(*new, layer) for layer in range(2)] for cache in caches]
+
+    if held:
+        feed(held, (stock, ours))
+    adopt(ours, 2)
+    assert all(type(layer) is SlidingExitCacheLayer for layer in ours.layers) and ours.is_sliding == stock.is_sliding
+    for count in (1, 3, 1, 1, 6, 1):
+        sizes = [cache.layers[1].get_mask_sizes(query(count)) for cache in (stock, ours)]
+        assert sizes[0] == sizes[1] and ours.get_seq_length() == stock.get_seq_length()
+        for a, b in zip(*feed(count, (stock, ours)), strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    stock.reorder_cache(torch.tensor([1, 1]))
+    ours.reorder_cache(torch.tensor([1, 1]))
+    for a, b in zip(*feed(1, (stock, ours)), strict=True):
+        assert torch.equal(a[0], b[0])
+
+
+def query(count):
+    """A query's length, as this version of transformers tells the masks."""
+    return torch.arange(count) if transformers.__version__ < "5" else count
 
 
 # ---- beside the stock cache: the same calls, the same answers

@@ -1,8 +1,8 @@
-"""The plug: puts a recipe on a stock causal language model and takes it off again.
+"""The plug: puts a recipe on a stock language model and takes it off again.
 
-What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding. Beside that a hook
-on the input embedding notes which ids are fed (to see rows end), ``generate``'s cache gets exeunt's layers, and where
-the state strategy is lazy ``generate`` settles that cache before it returns.
+What is replaced, on instances only: ``forward`` of each decoder layer and of the output embedding; that of the input
+embedding, to note which ids are fed (rows end by them); and of ``generate`` the start, where its cache gets exeunt's
+layers, and the end, where that cache is settled.
 Embeddings, masks, rotary tables, norms, products and the decoding loop stay the model's own.
 
 One decoding step of a batch, seen from above::
@@ -15,22 +15,33 @@ One decoding step of a batch, seen from above::
 
 from __future__ import annotations
 
-import inspect
+import functools
 import os
 import threading
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from exeunt.calibration import Calibration
 from exeunt.exit_points import ExitPoints
 from exeunt.fill import fill_in
-from exeunt.models import KeyValues, KeyValueWeights, LayerCall, Structure, discover, spread
-from exeunt.models.structure import CACHE_KEYWORD
+from exeunt.models import (
+    CACHE_KEYWORD,
+    KeyValues,
+    KeyValueWeights,
+    LayerCall,
+    LayerFunction,
+    Structure,
+    discover,
+    own_cache,
+    spread,
+)
 from exeunt.recipes import Recipe
 from exeunt.report import Report
 from exeunt.step import Step
@@ -53,7 +64,7 @@ class _UnderWay(threading.local):
 
 
 def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
-    """Let tokens of a stock causal language model leave early.
+    """Let tokens of a stock decoder, or of an encoder-decoder's decoder, leave early.
 
     ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a batch leaves
     on its own. Prompts, forwards of several tokens and assisted decoding run at full depth. While nothing leaves, the
@@ -62,7 +73,8 @@ def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.Pa
     Parameters
     ----------
     model : nn.Module
-        A transformers causal language model of the Llama family.
+        A transformers model that generates text; ``docs/models.md`` lists families and versions that are tested.
+        Others work if discovery finds their parts.
     recipe : Recipe
         For example ``exeunt.recipes.calm(exits=[8, 12], threshold=0.9)``.
     calibration : Calibration or path, optional
@@ -76,10 +88,11 @@ def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.Pa
     Raises
     ------
     ValueError
-        One sentence: a model without decoder layers, exits outside 0..L-2, heads of another width or dtype, a model
-        that has exits already, a calibration of another model, other heads or another recipe.
+        One sentence: a model without decoder layers or whose parts work in another way, attention or a cache that exits
+        cannot use, exits outside 0..L-2, heads of another width or dtype, a model that has exits already, a
+        calibration of another model, other heads or another recipe.
     ImportError
-        Without transformers.
+        Without transformers, or with a version of it that is not supported.
 
     Examples
     --------
@@ -114,12 +127,14 @@ class Attached:
         self, model: Any, recipe: Recipe, calibration: Calibration | str | os.PathLike[str] | None = None
     ) -> None:
         try:
-            from exeunt import cache  # here, since it imports transformers, which the ops do without
+            from exeunt import cache, limits  # here, since they import transformers, which the ops do without
         except ImportError as missing:
             raise ImportError("attach needs transformers: pip install exeunt[hf]") from missing
         if model in _attached:
             raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
-        self._cache = cache
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
+        self._cache, self._limits = cache, limits
+        limits.check_model(model)
         self.structure: Structure = discover(model)
         if calibration is not None:
             if not isinstance(calibration, Calibration):
@@ -169,13 +184,20 @@ class Attached:
             self._set(layer, "forward", types.MethodType(self._layer(i, layer), layer))
         self._set(s.head, "forward", types.MethodType(self._head(s.head), s.head))
 
-        def note_ids(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module is embedding and args:
-                self._local.ids = args[0]
+        embedding = s.decoder.get_input_embeddings()
+        embed = embedding.forward
 
-        embedding = self.model.get_input_embeddings()
-        self._undo.append(embedding.register_forward_pre_hook(note_ids).remove)
+        def forward(this: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not embedding:
+                return type(this).forward(this, ids, *args, **kwargs)
+            self._local.ids = ids
+            return embed(ids, *args, **kwargs)
 
+        self._set(embedding, "forward", types.MethodType(forward, embedding))
+        self._install_generate()
+
+    def _install_generate(self) -> None:
+        """``generate`` with a cache of exeunt's layers, and nothing of it left behind."""
         prepare = self.model._prepare_cache_for_generation
 
         def prepare_cache(model: Any, config: Any, kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
@@ -183,15 +205,18 @@ class Attached:
                 return type(model)._prepare_cache_for_generation(model, config, kwargs, *args, **named)
             result = prepare(config, kwargs, *args, **named)
             config.disable_compile = True  # generate's own copy; exits depend on data
-            cache: Any = kwargs.get(CACHE_KEYWORD)
-            state = self._cache.adopt(cache, self.depth)
-            if state is not None:
+            mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
+            cache, kept = kwargs.get(CACHE_KEYWORD), self._limits.full_depth(mode, config)
+            if kept is not None:
+                warnings.warn(f"exeunt: no exits in this generation: {kept} keeps it at full depth", stacklevel=4)
+            if cache is None and config.use_cache is not False:  # transformers 5.0 leaves it to the first forward
+                cache = kwargs[CACHE_KEYWORD] = self._limits.default_cache(model)
+            if cache is not None:
+                state = self._limits.adopted(cache, self.depth)
                 self._settle(cache)
                 self._local.cache = weakref.ref(cache)
                 state.begin_prompt(int(cache.get_seq_length()))
-                mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
-                state.full_depth = "assisted" in mode
-                state.max_length = config.max_length
+                state.full_depth, state.max_length = kept is not None, config.max_length
                 state.stop_ids = None if "beam" in mode else getattr(config, "_eos_token_tensor", None)
             return result
 
@@ -204,15 +229,18 @@ class Attached:
             try:
                 return stock_generate(*args, **kwargs)
             finally:  # nothing pending outlives the generation, unless its cache is gone as well
-                cache, self._local.cache = self._local.cache, None
-                self._settle(cache() if cache is not None else None)
+                cache, self._local.cache = self._local.cache and self._local.cache(), None
+                if cache is not None:
+                    self._settle(cache)
+                    state = self._limits.adopted(cache, self.depth)
+                    state.full_depth, state.max_length, state.stop_ids = False, None, None
 
-        if self.recipe.state.lazy:
-            self._set(self.model, "generate", types.MethodType(generate, self.model))
+        self._set(self.model, "generate", types.MethodType(generate, self.model))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, to be undone."""
         present, old = name in vars(owner), vars(owner).get(name)
+        value.__func__.__name__ = name  # by which a pickled copy finds the method of its own class
 
         def undo() -> None:
             if present:
@@ -230,23 +258,24 @@ class Attached:
         local = self._local
         ids, local.ids, local.step = local.ids, None, None
         local.full_since = time.perf_counter()
+        if self.model.training:
+            raise RuntimeError("attach: the model is in training mode: call model.eval(), or detach to train it")
         cache = arguments.get(CACHE_KEYWORD)
         if cache is None or not arguments.get("use_cache", True):
             return None
         batch, count = hidden.shape[:2]
         length = int(cache.get_seq_length())
-        state = self._cache.adopt(cache, self.depth)
-        if state is None:
-            self._report.unsupported_caches += int(count == 1 and length > 0)
-            return None
+        state = self._limits.adopted(cache, self.depth)
         self._claim(state, cache)
         if count != 1 or length == 0:
             state.begin_prompt(length + count)
             return None
         if state.full_depth:
             return None
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise RuntimeError("attach: decoding with exits has no gradient: run it under torch.no_grad()")
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
-        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self._report)
+        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self.structure, self._report)
         return local.step
 
     def _claim(self, state: GenerationState, cache: Any) -> None:
@@ -259,23 +288,22 @@ class Attached:
                 f"cache: expected one that this {type(self.model).__name__} filled, "
                 f"got one of another {type(owner).__name__}"
             )
-        for layer in cache.layers:
+        for layer in own_cache(cache).layers:
             layer.settle()
         state.fill, state.owner = self._fill, weakref.ref(self.model)
 
     def _layer(self, i: int, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of decoder layer i."""
-        stock, local = module.forward, self._local
-        names = [name for name in inspect.signature(stock).parameters][1:]
+        stock, local = LayerFunction(module), self._local
         checks = i in self.recipe.exits
         # Layers that a row which runs this one will surely run: what they owe is written together.
         segment_end = min((e for e in self.recipe.exits if e >= i), default=self.depth - 1) + 1
 
-        def forward(this: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(type(module).forward)
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not module:  # a deep copy of the model: it runs as if nothing were attached
-                return type(this).forward(this, hidden, *args, **kwargs)
-            if args:
-                kwargs.update(zip(names, args, strict=False))
+                return type(this).forward(this, *args, **kwargs)
+            hidden, kwargs = stock.bind(args, kwargs)
             step = self._begin(hidden, kwargs) if i == 0 else local.step
             if step is None:
                 return stock(hidden, **kwargs)
@@ -321,7 +349,7 @@ class Attached:
 
     def _settle(self, cache: Any, first: int = 0, until: int | None = None) -> None:
         """Write what layers of a cache owe; all of them by default."""
-        layers = getattr(cache, "layers", ())
+        layers = getattr(own_cache(cache), "layers", ())
         if layers and isinstance(layers[0], self._cache.ExitCacheLayer) and len(layers) == self.depth:
             filled = fill_in(layers, self._weights, first, until)  # _fill may count meanwhile
             self._report.fill_ins += filled

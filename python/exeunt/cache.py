@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from exeunt.models import KeyValues, LayerCall
 from exeunt.ops import KVCache
@@ -379,7 +379,7 @@ def adopt(cache: Any, depth: int) -> GenerationState | None:
     Returns
     -------
     GenerationState or None
-        None for another kind of cache (static, sliding, quantised, offloaded), which then runs at full depth.
+        None for another kind of cache (static, quantised, offloaded).
 
     Raises
     ------
@@ -395,9 +395,12 @@ def adopt(cache: Any, depth: int) -> GenerationState | None:
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", False):
         return None
-    if len(layers) >= depth and type(layers[0]) is ExitCacheLayer and layers[0].state is not None:
+    if len(layers) >= depth and isinstance(layers[0], ExitCacheLayer) and layers[0].state is not None:
         return layers[0].state
-    if any(type(layer) not in (DynamicLayer, ExitCacheLayer) for layer in layers):
+    from exeunt.sliding import SlidingExitCacheLayer  # here, since it builds on this module
+
+    stock = (DynamicLayer, DynamicSlidingWindowLayer)
+    if any(type(layer) not in (*stock, ExitCacheLayer, SlidingExitCacheLayer) for layer in layers):
         return None
     if len(layers) < depth:
         if getattr(cache, "layer_class_to_replicate", None) is not DynamicLayer:
@@ -405,7 +408,9 @@ def adopt(cache: Any, depth: int) -> GenerationState | None:
         layers.extend(ExitCacheLayer() for _ in range(depth - len(layers)))  # they would appear as they are first used
     state = GenerationState(prompt_length=int(layers[0].get_seq_length()))
     for index, layer in enumerate(layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicSlidingWindowLayer:
+            SlidingExitCacheLayer.adopt(layer)
+        elif type(layer) is DynamicLayer:
             keys, values = vars(layer).pop("keys"), vars(layer).pop("values")
             layer.__class__ = ExitCacheLayer
             layer.keys, layer.values = keys, values

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from exeunt import ops
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
 from exeunt.policies import Position
@@ -78,20 +77,16 @@ class Clock:
 @torch.no_grad()
 def check_seconds(structure: Structure, recipe: Recipe, rows: int, repeats: int = 15) -> float:
     """Median seconds of what `attach` does at the recipe's first exit: head statistics if needed, score, decision."""
-    weight, norm = structure.weight.detach(), structure.final_norm
+    weight = structure.weight.detach()
     hidden = torch.randn(rows, weight.shape[1]).to(weight)
-    logits = hidden.new_empty(rows, weight.shape[0])
+    shape, dtype = structure.logits_buffer(hidden, rows)
+    logits = hidden.new_empty(shape, dtype=dtype)
     own = recipe.head(recipe.exits[0])
 
     def check() -> None:
         stats = None
         if recipe.confidence.reads_head:
-            state = own.state(hidden)
-            if norm is None:
-                stats = ops.exit_stats(structure.normalise(state), weight, logits_out=logits)
-            else:
-                stats = ops.exit_stats(state, weight, norm=norm.kind, norm_weight=norm.weight, norm_bias=norm.bias,
-                                       eps=norm.eps, logits_out=logits)  # fmt: skip
+            stats = structure.exit_stats(own.state(hidden), logits_out=logits)
         scores = recipe.confidence.score(ExitPoint(hidden, hidden, own, stats))
         bool(recipe.policy.exits(scores, Position(1, None)).any())
 

@@ -12,6 +12,7 @@ from exeunt import ops
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
 from exeunt.recipes import Recipe
+from exeunt.stats import ExitStats
 from exeunt.step import Step
 
 if TYPE_CHECKING:
@@ -50,11 +51,16 @@ class ExitPoints:
         outside = [e for e in self.recipe.exits if not 0 <= e <= last]
         if outside:
             raise ValueError(f"attach: exits must lie in 0..{last} for {last + 2} layers, got {outside}")
-        weight = self.structure.weight
-        if self.recipe.confidence.reads_head and weight.dtype not in ops.DTYPES:
+        s, measure = self.structure, self.recipe.confidence
+        weight = s.weight
+        if measure.reads_head and weight.dtype not in ops.DTYPES:
             kinds = " or ".join(str(t) for t in ops.DTYPES)
+            raise ValueError(f"attach: {measure.name} reads the head, which must be {kinds}, got {weight.dtype}")
+        if measure.reads_head and s.form is None:
             raise ValueError(
-                f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
+                f"attach: {measure.name} reads the head, which must be a product with a [V, D] weight in memory, "
+                f"scaled or capped in a known way, got {type(s.head).__name__} of {type(s.model).__name__}; "
+                "saturation and probe read no head"
             )
         for e, own in self.heads.items():
             for part in (own.translator, own.probe):
@@ -96,35 +102,20 @@ class ExitPoints:
             return own.state(hidden)
         return hidden.index_copy(0, step.rows, own.state(hidden[step.rows]))
 
-    def _head_stats(self, state: Tensor, step: Step) -> Any:
+    def _head_stats(self, state: Tensor, step: Step) -> ExitStats:
         """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
-        s = self.structure
-        weight = s.weight
         if step.logits is None:
-            shape = (step.batch, weight.shape[0])
+            shape, dtype = self.structure.logits_buffer(state, step.batch)
             spare, self._spare = self._spare, None
             fits = (
                 spare is not None
-                and (spare.shape, spare.dtype, spare.device) == (shape, state.dtype, state.device)
+                and (spare.shape, spare.dtype, spare.device) == (shape, dtype, state.device)
                 and spare.is_inference() == torch.is_inference_mode_enabled()
             )
-            step.logits = spare if fits else state.new_empty(shape)
-        norm = s.final_norm
-        if norm is None:
-            state = s.normalise(state)
+            step.logits = spare if fits else state.new_empty(shape, dtype=dtype)
         step.report.checks += 1
         step.report.head_reads += 1
-        return ops.exit_stats(
-            state.detach(),
-            weight.detach(),
-            head_bias=getattr(s.head, "bias", None),
-            norm=norm.kind if norm else None,
-            norm_weight=norm.weight if norm else None,
-            norm_bias=norm.bias if norm else None,
-            eps=norm.eps if norm else 0.0,
-            rows=step.rows,
-            logits_out=step.logits,
-        )
+        return self.structure.exit_stats(state, rows=step.rows, logits_out=step.logits)
 
     # ---- at the end of the step
 
@@ -146,9 +137,10 @@ class ExitPoints:
             return stock(normed)
         if step.left is not None and step.logits is None:
             normed = self._translate(normed, step)
-        out = step.logits
-        if out is None:
+        if step.logits is None:
             out = normed.new_empty(step.batch, self.structure.weight.shape[0])
+        else:
+            out = self.structure.raw(step.logits, normed.dtype)
         if step.ended is not None:
             out[step.ended] = 0.0
         asking = [r for r in (step.rows, None if step.logits is not None else step.left) if r is not None and r.numel()]
@@ -164,5 +156,5 @@ class ExitPoints:
         for layer, own in self.heads.items():
             rows = step.left[step.depth[step.left] == layer]
             if rows.numel() and own.translator is not None:
-                normed = normed.index_copy(0, rows, self.structure.normalise(own.state(step.hidden[rows])))
+                normed = normed.index_copy(0, rows, self.structure.head_input(own.state(step.hidden[rows])))
         return normed

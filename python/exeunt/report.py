@@ -43,8 +43,6 @@ class Report:
         Wall time inside the model, of decoding steps and of full forwards (CUDA work may still be in flight).
     full_forwards : int
         Forwards at full depth that are not decoding steps.
-    unsupported_caches : int
-        How many of those were decoding steps of a kind of cache that exits do not work with yet.
 
     Examples
     --------
@@ -66,7 +64,6 @@ class Report:
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
     full_forwards: int = 0
-    unsupported_caches: int = 0
 
     @property
     def full_layer_rows(self) -> int:
@@ -108,6 +105,4 @@ class Report:
             f"  wall time    {self.step_seconds:.3f} s in decoding steps, {self.forward_seconds:.3f} s in "
             f"{self.full_forwards} forwards at full depth (prompts and the like)"
         )
-        if self.unsupported_caches:
-            lines.append(f"  no exits in {self.unsupported_caches} steps: their kind of cache is not supported yet")
         return "\n".join(lines)

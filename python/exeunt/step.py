@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exeunt import ops
-from exeunt.models import RowTaker, stand_in
+from exeunt.models import RowTaker, Structure, own_cache, stand_in
 from exeunt.report import FINISHED, Report
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ class Step:
     state : GenerationState
         Of the generation that takes the step; rows that have ended are set aside once a token of it has left early.
     cache : transformers.Cache
-        Its cache.
+        Its cache; the attribute is that of self-attention, where an encoder-decoder has two.
     length : int
         Tokens in the cache: the place of this step's token.
     device : torch.device
         Where the row indices live.
+    structure : Structure
+        The model's parts.
     report : Report
         What counts the step's reads of the head.
     """
@@ -51,11 +53,13 @@ class Step:
         cache: Any,
         length: int,
         device: torch.device,
+        structure: Structure,
         report: Report,
     ) -> None:
-        self.batch, self.state, self.cache, self.length, self.report = batch, state, cache, length, report
+        self.batch, self.state, self.length, self.report = batch, state, length, report
+        self.cache, self._given = own_cache(cache), cache
         self.position = state.position(length)
-        self.take = RowTaker(batch)
+        self.take = RowTaker(batch, structure.batched)
         self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
         self.running = batch
         self.rows: Tensor | None = None
@@ -79,7 +83,7 @@ class Step:
     @cached_property
     def seen(self) -> Any:
         """What layers see as the cache where they run for some rows only."""
-        return stand_in(self.cache, self.length)
+        return stand_in(self._given, self.length)
 
     def leave(self, go: Tensor, layer: int) -> int:
         """Rows where ``go`` (one bool for each running row) is True stop running; returns how many.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="models are transformers models")
+import exeunt
 from exeunt import models
 from exeunt.models.layer_call import RowTaker
 from oracle import tiny_llama
+
+sys.path.insert(0, os.path.dirname(__file__))
+import zoo
 
 
 def small(kind, **kw):
@@ -35,16 +42,101 @@ def test_discovery_leaves_no_hooks_and_keeps_training_mode():
     assert model.training and all(not m._forward_hooks for m in model.modules())
 
 
-def test_a_norm_that_the_op_cannot_express_is_applied_by_the_model():
-    model = small("Gemma", head_dim=8)  # multiplies by 1 + weight
+def test_a_norm_that_multiplies_by_one_and_its_weight():
+    model = small("Gemma", head_dim=8)
     with torch.no_grad():
         model.model.norm.weight.normal_()
-    assert models.discover(model).final_norm is None
+    norm = models.discover(model).final_norm
+    assert (norm.kind, norm.offset) == ("rms", 1.0) and torch.equal(norm.weight, 1.0 + model.model.norm.weight)
 
 
-def test_a_head_with_its_own_scaling_is_refused():
-    model = small("Granite", logits_scaling=4.0)
-    with pytest.raises(ValueError, match="expected the logits of GraniteForCausalLM to be head"):
+def test_a_norm_that_the_op_cannot_express_is_applied_by_the_model():
+    model = small("Llama")
+    stock = model.model.norm.forward
+    model.model.norm.forward = lambda hidden: stock(hidden) * 1.5
+    s = models.discover(model)
+    assert s.final_norm is None and s.tail == (model.model.norm,) and s.form.plain
+    state, logits = torch.randn(4, 32), torch.empty(4, 97)
+    s.exit_stats(state, logits_out=logits)
+    torch.testing.assert_close(logits, model.lm_head(model.model.norm(state)))
+
+
+class Bent(torch.nn.Module):
+    """A head that is no product with its weight."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.weight = head.weight
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.weight).sin()
+
+
+FORMS = {
+    "granite": models.HeadForm(scale=1 / 3.0),
+    "cohere": models.HeadForm(scale=0.3),
+    "gemma2": models.HeadForm(softcap=5.0),
+    "marian": models.HeadForm(bias="final_logits_bias"),
+    "t5": models.HeadForm(before=32**-0.5),
+    "mpt": models.HeadForm(),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_a_model_does_around_its_head(name):
+    model = zoo.make(name)
+    found = models.discover(model)
+    assert found.form == FORMS[name]
+    assert found.batched.get("position_bias") == (0 if name == "mpt" else None)
+
+
+@pytest.mark.parametrize("name", ["granite", "t5"])
+def test_training_is_refused_where_its_loss_would_be_of_other_logits(name):
+    with pytest.raises(ValueError, match=r"training: expected a decoder alone whose logits are head\(norm\(hidden"):
+        models.discover(zoo.make(name)).trainable()
+
+
+def test_a_scale_that_no_configuration_names_is_found_by_its_effect():
+    model = small("Llama")
+    stock = type(model).forward
+
+    def forward(*args, **kwargs):
+        out = stock(model, *args, **kwargs)
+        out.logits = out.logits * 0.7
+        return out
+
+    model.forward = forward
+    form = models.discover(model).form
+    assert form.scale == pytest.approx(0.7, rel=1e-5) and form.before == 1.0
+
+
+def test_an_unknown_head_is_left_to_measures_that_do_not_read_it():
+    model = small("Llama")
+    model.lm_head = Bent(model.lm_head)
+    assert models.discover(model).form is None
+    with pytest.raises(
+        ValueError, match="margin reads the head, which must be a product .* got Bent of LlamaForCausal"
+    ):
+        exeunt.attach(model, exeunt.recipes.calm([0], 0.5))
+    ids = torch.arange(3, 9)[None]
+    with exeunt.attach(model, exeunt.recipes.calm([0], -1.0, confidence="saturation")) as early:
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert early.report().histogram == {0: 3}
+
+
+def test_a_layer_whose_rows_depend_on_each_other_is_refused():
+    model = small("Llama")
+    model.model.layers[1].input_layernorm.forward = lambda hidden: hidden - hidden.mean(0, keepdim=True)
+    with pytest.raises(
+        ValueError, match="keys and values of layer 1 of LlamaForCausalLM depend on more than their own"
+    ):
+        models.discover(model)
+
+
+def test_layers_that_share_a_cache_layer_are_refused():
+    model = small("Llama")
+    model.model.layers[2].self_attn.layer_idx = 1
+    with pytest.raises(ValueError, match=r"decoder layer 2 of LlamaForCausalLM to hand .* own cache layer, got \[1\]"):
         models.discover(model)
 
 

@@ -1,18 +1,21 @@
 """What is known of stock models: their structure, and how to call one of their layers on some of its rows."""
 
+from exeunt.models.discovery import discover
+from exeunt.models.families import ATTENTION
 from exeunt.models.key_values import KeyValueWeights, rotary_of
-from exeunt.models.layer_call import KeyValues, LayerCall, RowTaker, spread, stand_in
-from exeunt.models.structure import FinalNorm, Structure, discover
+from exeunt.models.layer_call import (
+    CACHE_KEYWORD,
+    KeyValues,
+    LayerCall,
+    LayerFunction,
+    RowTaker,
+    own_cache,
+    spread,
+    stand_in,
+)
+from exeunt.models.structure import FinalNorm, HeadForm, Structure
 
 __all__ = [
-    "FinalNorm",
-    "KeyValueWeights",
-    "KeyValues",
-    "LayerCall",
-    "RowTaker",
-    "Structure",
-    "discover",
-    "rotary_of",
-    "spread",
-    "stand_in",
-]
+    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValueWeights", "KeyValues", "LayerCall", "LayerFunction",
+    "RowTaker", "Structure", "discover", "own_cache", "rotary_of", "spread", "stand_in",
+]  # fmt: skip

@@ -186,8 +186,8 @@ def _parts(layer: nn.Module) -> _Parts | None:
         key, value = children.get("k_proj", fused), children.get("v_proj", fused)
         if key is None or value is None:
             continue
-        if type(key) is not nn.Linear or type(value) is not nn.Linear:
-            return None
+        if type(key) is not nn.Linear or type(value) is not nn.Linear or key.weight.device.type != "cpu":
+            return None  # weights that accelerate keeps elsewhere are on meta
         norm = next((layer._modules[name] for name in _NORMS if layer._modules.get(name) is not None), None)
         key_norm = next((children[name] for name in _KEY_NORMS if children.get(name) is not None), None)
         if any(m is not None and getattr(m, "weight", None) is None for m in (norm, key_norm)):

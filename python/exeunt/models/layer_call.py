@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from exeunt.models.structure import CACHE_KEYWORD
+from exeunt.models.families import CACHE_KEYWORDS
 
-__all__ = ["KeyValues", "LayerCall", "RowTaker", "spread", "stand_in"]
+__all__ = [
+    "CACHE_KEYWORD", "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "own_cache", "spread", "stand_in",
+]  # fmt: skip
+
+CACHE_KEYWORD = "past_key_values"  # whatever a family calls it, here it is this
 
 
 class _Captured(Exception):
@@ -23,22 +28,34 @@ class RowTaker:
 
     The model passes the same mask and rotary tensors to every layer, so what was picked is kept for the step. A tensor
     whose first dimension is not the batch (rotary tables shared by all rows) is left as it is.
+
+    Parameters
+    ----------
+    batch : int
+        Rows of the batch.
+    batched : mapping of str to int, optional
+        ``Structure.batched``.
     """
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, batched: Mapping[str, int] | None = None) -> None:
+        self.batch, self.batched = batch, batched or {}
         # By the ids of tensor and rows; both are kept in the entry, so that their ids stay their own.
         self._taken: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __call__(self, value: Any, rows: Tensor) -> Any:
-        """``value`` for ``rows``: tensors and tuples of tensors are picked, everything else passes."""
+    def __call__(self, value: Any, rows: Tensor, name: str = "") -> Any:
+        """``value`` of the argument ``name`` for ``rows``: tensors and tuples of tensors are picked."""
         if isinstance(value, tuple):
-            return tuple(self(v, rows) for v in value)
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.batch or self.batch == 1:
+            return tuple(self(v, rows, name) for v in value)
+        times = self.batched.get(name, 1)
+        if not isinstance(value, Tensor) or value.dim() == 0 or self.batch == 1 or not times:
+            return value
+        if value.shape[0] != self.batch * times:
             return value
         key = (id(value), id(rows))
         if key not in self._taken:
-            self._taken[key] = (value.index_select(0, rows), value, rows)
+            blocks = value if times == 1 else value.unflatten(0, (self.batch, times))
+            picked = blocks.index_select(0, rows)
+            self._taken[key] = (picked if times == 1 else picked.flatten(0, 1), value, rows)
         return self._taken[key][0]
 
 
@@ -85,8 +102,11 @@ class LayerCall:
 
     def pick(self, rows: Tensor) -> LayerCall:
         """The same call for some rows."""
-        arguments = {name: self.take(value, rows) for name, value in self.arguments.items()}
-        return LayerCall(self.forward, self.hidden.index_select(0, rows), arguments, RowTaker(len(rows)), self.cache)
+        arguments = {name: self.take(value, rows, name) for name, value in self.arguments.items()}
+        take = RowTaker(len(rows), self.take.batched)
+        return LayerCall(
+            self.forward, self.hidden.index_select(0, rows), arguments, take, _pick_cross(self.cache, rows)
+        )
 
     @staticmethod
     def join(calls: list[tuple[LayerCall, Tensor]]) -> LayerCall:
@@ -97,7 +117,7 @@ class LayerCall:
         hidden = torch.cat([call.hidden.index_select(0, rows) for call, rows in calls])
         arguments = {name: _joined([(c.arguments[name], c.take.batch, rows) for c, rows in calls])
                      for name in last.arguments}  # fmt: skip
-        return LayerCall(last.forward, hidden, arguments, RowTaker(len(hidden)), last.cache)
+        return LayerCall(last.forward, hidden, arguments, RowTaker(len(hidden), last.take.batched), last.cache)
 
     def capture(self) -> KeyValues:
         """Keys and values that the stock layer computes; nothing after them is run.
@@ -126,11 +146,12 @@ class LayerCall:
         def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             return attend(KeyValues(keys, values, layer_idx))
 
-        self.cache.update = update
+        own = own_cache(self.cache)
+        own.update = update
         try:
             return self.forward(self.hidden, **self.arguments)
         finally:
-            del self.cache.update
+            del own.update
 
 
 def spread(value: Any, rows: Tensor, batch: int) -> Any:
@@ -148,10 +169,76 @@ def spread(value: Any, rows: Tensor, batch: int) -> Any:
 
 def stand_in(cache: Any, length: int) -> Any:
     """An object of the cache's class that says how long the cache is and holds nothing."""
-    husk = copy.copy(cache)
+    own = own_cache(cache)
+    husk = copy.copy(own)
     husk.layers = []
     husk.get_seq_length = lambda layer_idx=0: length
-    return husk
+    if own is cache:
+        return husk
+    both = copy.copy(cache)
+    both.self_attention_cache = husk
+    return both
+
+
+def own_cache(cache: Any) -> Any:
+    """The cache of self-attention: of an encoder-decoder's two, the one that grows."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+class _PickedLayers(Sequence[Any]):
+    """Layers of a cross-attention cache with some of their rows, picked as a layer is read."""
+
+    def __init__(self, layers: Sequence[Any], rows: Tensor) -> None:
+        self._layers, self._rows = layers, rows
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        layer = copy.copy(self._layers[index])
+        layer.keys, layer.values = (t.index_select(0, self._rows) for t in (layer.keys, layer.values))
+        return layer
+
+
+def _pick_cross(cache: Any, rows: Tensor) -> Any:
+    """A stand-in of an encoder-decoder's caches, its cross-attention's keys and values for some rows only."""
+    cross = getattr(cache, "cross_attention_cache", None)
+    if cross is None:
+        return cache
+    both = copy.copy(cache)
+    both.cross_attention_cache = copy.copy(cross)
+    both.cross_attention_cache.layers = _PickedLayers(cross.layers, rows)
+    return both
+
+
+class LayerFunction:
+    """A decoder layer's forward as it is now, called the same way in every family: ``function(hidden, **arguments)``.
+
+    Families call the first parameter and the cache by names of their own; here the cache is ``past_key_values``.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        The decoder layer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._forward = layer.forward
+        self._names = list(inspect.signature(self._forward).parameters)
+        self._keyword = next((name for name in self._names if name in CACHE_KEYWORDS), CACHE_KEYWORD)
+
+    def __call__(self, hidden: Tensor, **arguments: Any) -> Any:
+        """Run the layer."""
+        if self._keyword != CACHE_KEYWORD:
+            arguments[self._keyword] = arguments.pop(CACHE_KEYWORD, None)
+        return self._forward(hidden, **arguments)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Of a call as the model made it: hidden states, and the other arguments by name."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if self._keyword in named:
+            named[CACHE_KEYWORD] = named.pop(self._keyword)
+        return named.pop(self._names[0]), named
 
 
 def _joined(parts: list[tuple[Any, int, Tensor]]) -> Any:
@@ -162,5 +249,7 @@ def _joined(parts: list[tuple[Any, int, Tensor]]) -> Any:
     if not isinstance(last, Tensor):
         return last
     if any(v.dim() < 2 or v.shape[0] not in (1, batch) or v.shape[1:] != last.shape[1:] for v, batch, _ in parts):
-        return None  # masks of different lengths, positions without a batch: nothing before keys and values reads them
+        # Masks of different lengths, positions without a batch: nothing before keys and values reads more of them than
+        # that they are there (Falcon tells rotary from ALiBi by it); if something did, it would fail.
+        return last.new_empty(0)
     return torch.cat([v.expand(batch, *v.shape[1:]).index_select(0, rows) for v, batch, rows in parts])

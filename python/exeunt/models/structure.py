@@ -1,36 +1,80 @@
-"""Finding the parts of a stock causal language model, each fact checked numerically before it is believed."""
+"""The parts of a stock language model that early exit touches."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FinalNorm", "Structure", "discover"]
+from exeunt import ops
+from exeunt.stats import ExitStats
 
-CACHE_KEYWORD = "past_key_values"
+__all__ = ["FinalNorm", "HeadForm", "Structure"]
 
 
 @dataclass(frozen=True)
 class FinalNorm:
-    """The model's last norm in the terms of ``exit_stats``; its parameters are read where they live."""
+    """The model's last norm in the terms of ``exit_stats``; its parameters are read where they live.
+
+    Attributes
+    ----------
+    kind : str
+        ``rms`` or ``layer``.
+    eps : float
+        Added under the root.
+    module : nn.Module
+        The norm itself.
+    offset : float
+        Added to its weight before it multiplies (1 for Gemma's norms).
+    """
 
     kind: str
     eps: float
     module: Any
+    offset: float = 0.0
 
     @property
     def weight(self) -> Tensor:
         """[D] weight."""
-        return self.module.weight
+        return self.module.weight.detach().float() + self.offset if self.offset else self.module.weight
 
     @property
     def bias(self) -> Tensor | None:
         """[D] bias, where there is one."""
         return getattr(self.module, "bias", None)
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """What a model does around the product with its output embedding.
+
+    ``logits = cap(scale * head(before * x) + bias)`` with x the state after the last norm and ``cap(z) = softcap *
+    tanh(z / softcap)``. Facts found at attach and checked against the model's own logits.
+
+    Attributes
+    ----------
+    before : float
+        Factor on the head's input (T5 with tied embeddings).
+    scale : float
+        Factor on its output (Cohere, Granite).
+    softcap : float or None
+        Bound by tanh (Gemma 2).
+    bias : str or None
+        Name of the model's own buffer that is added to the output (BART, Marian), never together with a scale.
+    """
+
+    before: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the head's product is all there is."""
+        return self == HeadForm()
 
 
 @dataclass(frozen=True)
@@ -40,27 +84,53 @@ class Structure:
     Attributes
     ----------
     model : transformers.PreTrainedModel
-        The causal language model.
+        The language model.
+    decoder : nn.Module
+        The module that runs the layers.
     layers : tuple of nn.Module
         Its decoder layers in the order in which they run.
     tail : tuple of nn.Module
-        What the decoder applies after the last layer: its final norm.
+        What the decoder applies after the last layer: its final norm, and a projection where there is one.
     final_norm : FinalNorm or None
         That norm as the fused op takes it; None where the op has no equal, then ``tail`` is applied first.
     head : nn.Module
         The output embedding.
+    form : HeadForm or None
+        What happens around it; None where that could not be found: then no exit may read the head.
+    batched : mapping of str to int
+        Arguments of the layers whose first dimension is not the batch: how many times the batch it is, 0 for none of
+        it (MPT's alibi). Everything else that has the batch first is picked by rows.
     """
 
     model: Any
+    decoder: Any
     layers: tuple[nn.Module, ...]
     tail: tuple[nn.Module, ...]
     final_norm: FinalNorm | None
     head: Any
+    form: HeadForm | None = HeadForm()
+    batched: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weight(self) -> Tensor:
         """[V, D] weight of the output embedding, as it is now."""
         return self.head.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] what the model adds to the head's output, beside the head's own bias."""
+        if self.form is None or self.form.bias is None:
+            return None
+        return getattr(self.model, self.form.bias).flatten()
+
+    def trainable(self) -> Structure:
+        """This structure, if exits can be trained on it; ValueError where the loss would not see the model's logits."""
+        if self.form is None or not self.form.plain or self.model.config.is_encoder_decoder:
+            raise ValueError(
+                "training: expected a decoder alone whose logits are head(norm(hidden)), "
+                f"got {type(self.model).__name__} with {self.form}"
+            )
+        return self
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """Apply what the decoder applies after its last layer."""
@@ -68,115 +138,55 @@ class Structure:
             hidden = module(hidden)
         return hidden
 
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the head reads of a layer's output."""
+        hidden = self.normalise(hidden)
+        return hidden if self.form is None or self.form.before == 1.0 else hidden * self.form.before
 
-def discover(model: Any) -> Structure:
-    """Find layers, final norm and head of a stock causal language model.
+    def logits_buffer(self, state: Tensor, batch: int) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and dtype of the ``logits_out`` of :meth:`exit_stats`."""
+        # A bias goes in for the statistics and comes out again: in float32 that costs the product nothing.
+        return (batch, self.weight.shape[0]), state.dtype if self.bias is None else torch.float32
 
-    One forward of four tokens checks that ``head(norm(last layer))`` gives the model's own logits bit for bit.
+    def exit_stats(self, state: Tensor, *, rows: Tensor | None = None, logits_out: Tensor | None = None) -> ExitStats:
+        """Statistics of the logits that the model would give for a layer's output, by one read of the head.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A transformers model for causal language modelling.
-
-    Returns
-    -------
-    Structure
-
-    Raises
-    ------
-    ValueError
-        Where a part is missing or the logits come about in another way; one sentence says which.
-
-    Examples
-    --------
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-    ...                      num_attention_heads=4, num_key_value_heads=2)
-    >>> len(discover(LlamaForCausalLM(config)).layers)
-    3
-    """
-    name = type(model).__name__
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList)] if decoder is not None else []
-    if decoder is None or decoder is model or not stacks:
-        raise ValueError(f"attach: expected a causal language model with a stack of decoder layers, got {name}")
-    stack = max(stacks, key=lambda s: sum(p.numel() for p in s.parameters()))
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None or head.weight.dim() != 2:
-        raise ValueError(f"attach: expected an output embedding with a [V, D] weight, got none in {name}")
-    for layer in stack:
-        if CACHE_KEYWORD not in inspect.signature(layer.forward).parameters:
-            raise ValueError(
-                f"attach: expected decoder layers that take {CACHE_KEYWORD}, got {type(layer).__name__} which does not"
-            )
-
-    layers, tail = _trace(model, decoder, stack, head)
-    return Structure(model, layers, tail, _final_norm(tail, head.weight), head)
-
-
-@torch.no_grad()
-def _trace(
-    model: Any, decoder: nn.Module, stack: nn.ModuleList, head: Any
-) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
-    """Run four tokens; return the layers and the modules after them, in call order."""
-    calls: list[nn.Module] = []
-    states: list[Tensor] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        calls.append(module)
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    watched = [*stack, *(m for m in decoder.children() if m is not stack)]
-    handles = [m.register_forward_hook(note) for m in watched]
-    training = model.training
-    try:
-        model.eval()
-        ids = torch.arange(1, 5, device=head.weight.device).remainder(head.weight.shape[0])[None]
-        logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-
-    members = set(stack)
-    at = [k for k, m in enumerate(calls) if m in members]
-    name = type(model).__name__
-    layers = tuple(calls[k] for k in at)
-    if len(layers) < 2 or len(set(layers)) != len(layers):
-        raise ValueError(f"attach: expected at least two decoder layers, each called once, got {len(layers)} in {name}")
-    tail = tuple(calls[at[-1] + 1 :])
-    hidden = states[at[-1]]
-    for module in tail:
-        hidden = module(hidden)
-    if not torch.equal(head(hidden), logits):
-        raise ValueError(
-            f"attach: expected the logits of {name} to be head(norm(hidden)), "
-            "got others (a scaled or capped head is not supported yet)"
+        Parameters
+        ----------
+        state : Tensor
+            [N, D] states, before the last norm.
+        rows : Tensor, optional
+            Only these of them.
+        logits_out : Tensor, optional
+            [N, V] (:meth:`logits_buffer`): receives the head's own output, to be passed to :meth:`raw`.
+        """
+        form, norm, weight, outer = self.form, self.final_norm, self.weight, self.bias
+        assert form is not None
+        scale_in, norm_weight, norm_bias = form.before, None, None
+        if norm is None:
+            state = self.head_input(state)
+        else:
+            norm_weight, norm_bias = norm.weight, norm.bias
+            if scale_in != 1.0:
+                norm_weight = norm_weight.detach().float() * scale_in
+                norm_bias = None if norm_bias is None else norm_bias.detach().float() * scale_in
+        own = getattr(self.head, "bias", None)
+        if outer is not None:
+            own = outer if own is None else own + outer
+        return ops.exit_stats(
+            state.detach(),
+            weight.detach(),
+            head_bias=None if own is None else own.detach(),
+            norm=norm.kind if norm else None,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=norm.eps if norm else 0.0,
+            scale=form.scale,
+            softcap=form.softcap,
+            rows=rows,
+            logits_out=logits_out,
         )
-    return layers, tail
 
-
-@torch.no_grad()
-def _final_norm(tail: tuple[nn.Module, ...], weight: Tensor) -> FinalNorm | None:
-    """The tail as one RMS or layer norm, if it behaves like one on a random state."""
-    if len(tail) != 1 or not isinstance(getattr(tail[0], "weight", None), Tensor):
-        return None
-    norm: Any = tail[0]
-    eps = next((float(getattr(norm, k)) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), None)
-    if eps is None:
-        return None
-    kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, weight.shape[1], generator=generator).to(weight)
-    x32 = x.float()
-    if kind == "layer":
-        x32 = x32 - x32.mean(-1, keepdim=True)
-    expected = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * norm.weight.float()
-    bias = getattr(norm, "bias", None)
-    if bias is not None:
-        expected = expected + bias.float()
-    tolerance = 16 * torch.finfo(weight.dtype).eps
-    if not torch.allclose(norm(x).float(), expected, rtol=tolerance, atol=tolerance):
-        return None
-    return FinalNorm(kind, eps, norm)
+    def raw(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the head itself gives, of a buffer that :meth:`exit_stats` wrote; the model's own tail still applies."""
+        return logits if self.bias is None else (logits - self.bias).to(dtype)

@@ -89,7 +89,7 @@ def train_exits(
     FloatingPointError
         At a loss that is not finite.
     """
-    structure = discover(model)
+    structure = discover(model).trainable()
     exits = check_exits(exits, len(structure.layers))
     goal = parse(objective, [*exits, len(structure.layers) - 1])
     rows, out = np.asarray(rows), Path(out)

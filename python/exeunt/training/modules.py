@@ -43,7 +43,7 @@ class Joint(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.objective, self.heads, self.bf16 = model, objective, heads, bf16
-        self.structure = discover(model)
+        self.structure = discover(model).trainable()
         self.exits = check_exits(exits, len(self.structure.layers))
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def record(
     rows = np.asarray(rows)
     if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
         raise ValueError(f"the data is too short: expected rows of at least 2 tokens, got shape {list(rows.shape)}")
-    structure = discover(model)
+    structure = discover(model).trainable()
     exits = check_exits(exits, len(structure.layers))
     weight = structure.weight
     about = {

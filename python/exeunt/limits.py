@@ -1,0 +1,64 @@
+"""What exits do not work with: refused at attach where a model says so, at the start of a generation where a call does.
+
+docs/models.md has the table of what an option of ``generate`` loses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import DynamicCache, EncoderDecoderCache
+
+from exeunt import cache as caches
+from exeunt.models import ATTENTION, own_cache
+
+if TYPE_CHECKING:
+    from exeunt.cache import GenerationState
+
+__all__ = ["adopted", "check_model", "default_cache", "full_depth"]
+
+VERSIONS = ((4, 57), (6, 0))  # from, and up to but without
+
+
+def check_model(model: Any) -> None:
+    """Raise for a version of transformers, or settings of a model, that would fail in the middle of a generation."""
+    if not VERSIONS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) < VERSIONS[1]:
+        raise ImportError(f"attach needs transformers>=4.57,<6, got {transformers.__version__}")
+    config, settings = getattr(model, "config", None), getattr(model, "generation_config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    if attention is not None and attention not in ATTENTION:
+        raise ValueError(f"attach: expected {' or '.join(ATTENTION)} attention, got {attention!r}")
+    kind = getattr(settings, "cache_implementation", None)
+    if kind is not None and "dynamic" not in kind and kind != "hybrid":  # what Gemma's checkpoints call the default
+        raise ValueError(
+            f"attach: exits need the default DynamicCache, got generation_config.cache_implementation={kind!r}"
+        )
+
+
+def full_depth(mode: str, config: Any) -> str | None:
+    """What keeps a generation of this mode and configuration at full depth, if anything does."""
+    if mode in ("assisted_generation", "contrastive_search", "dola_generation"):
+        return mode.replace("_", " ")
+    if config.output_attentions:
+        return "output_attentions"
+    return "use_cache=False" if config.use_cache is False else None
+
+
+def default_cache(model: Any) -> Any:
+    """The cache that a model makes for itself."""
+    config = model.config.get_text_config(decoder=True)
+    own = DynamicCache(config=config)
+    return EncoderDecoderCache(own, DynamicCache(config=config)) if model.config.is_encoder_decoder else own
+
+
+def adopted(cache: Any, depth: int) -> GenerationState:
+    """The state of the generation that a cache belongs to; ValueError for a kind of cache that exits cannot use."""
+    own = own_cache(cache)
+    state = caches.adopt(own, depth)
+    if state is None:
+        kind = type(own).__name__ + (" with offloading" if getattr(own, "offloading", False) else "")
+        raise ValueError(
+            f"attach: exits need the default DynamicCache, got {kind}: leave out cache_implementation, or detach"
+        )
+    return state

@@ -1,0 +1,22 @@
+"""What is known of stock models by name: only facts that discovery cannot find by running a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["ATTENTION", "CACHE_KEYWORDS", "LOGIT_BIAS", "LOGIT_SCALES", "SOFTCAP"]
+
+#: How a decoder layer calls its cache.
+CACHE_KEYWORDS = {"past_key_values", "past_key_value", "layer_past"}
+
+#: Configuration fields that say by what the head's output is multiplied, exactly (Cohere, Granite).
+LOGIT_SCALES: dict[str, Callable[[float], float]] = {"logit_scale": float, "logits_scaling": lambda s: 1.0 / s}
+
+#: Configuration field of the bound that tanh puts on the logits (Gemma 2).
+SOFTCAP = "final_logit_softcapping"
+
+#: The buffer that is added to the head's output (BART, Marian).
+LOGIT_BIAS = "final_logits_bias"
+
+#: Attention implementations whose arguments can be picked by rows.
+ATTENTION = ("eager", "sdpa")
