@@ -53,9 +53,7 @@ def collect() -> dict[str, Any]:
             "kernels": cuda is not None,
             "runtime": None if cuda is None else cuda.runtime_version(),
             "archs": None if cuda is None else cuda.built_archs(),
-            "devices": None
-            if cuda is None
-            else [f"sm_{cuda.compute_capability(i)}" for i in range(cuda.device_count())],
+            "devices": devices,
             "torch": torch.version.cuda,
         },
     }
