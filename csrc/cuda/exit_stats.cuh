@@ -107,8 +107,7 @@ class ExitStatsEpilogue {
                 : p_.head_bias.data ? value_at(p_.head_bias.data, p_.head_bias.dtype, id[q] * p_.head_bias.stride)
                                     : 0.0f;
     }
-    // Registers cannot be indexed: rather than unroll this loop, whose body is long, move the next eight rows' to j =
-    // 0.
+    // Registers cannot be indexed, and the body is too long to unroll: the next eight rows' move to j = 0 instead.
 #pragma unroll 1
     for (int r = 2 * t; r < kRows && job.block * kRows + r - 2 * t < live_; r += 8) {
 #pragma unroll
