@@ -9,6 +9,7 @@ import torch
 
 warnings.filterwarnings("ignore", message=".*exeunt has no kernel.*")
 
+import backends
 from exeunt.ops import _backend
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings; thread counts have their own test
@@ -38,3 +39,29 @@ def isas():
     chosen = _backend.cpu.isa()
     yield filter(_backend.cpu.select_isa, available_isas())
     _backend.cpu.select_isa(chosen)
+
+
+#: Where exit_stats can run here: on the CPU by instruction set, as CUDA emulated on the CPU, on a CUDA device.
+BACKENDS = [
+    *available_isas(),
+    *(["emulated"] if backends.emulated() else []),
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if backends.on_device() else []),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Run the test once per backend; inputs are CPU tensors for all of them."""
+    if request.param not in ("emulated", "cuda"):
+        chosen = _backend.cpu.isa()
+        _backend.cpu.select_isa(request.param)
+        yield request.param
+        _backend.cpu.select_isa(chosen)
+        return
+    if request.param == "cuda":
+        backends.patch_ops(monkeypatch)
+    elif request.node.callspec.params.get("v", 0) > 40_000:
+        pytest.skip("large heads are left to real devices: emulation takes minutes")
+    else:
+        backends.patch_cpu(monkeypatch)
+    yield request.param

@@ -198,7 +198,9 @@ def test_info_without_extension_modules_and_transformers(monkeypatch, capsys):
 def test_info_names_a_lowered_isa_and_cuda(monkeypatch):
     class Cuda:
         runtime_version = staticmethod(lambda: 12080)
+        built_archs = staticmethod(lambda: "80-real 90a-real")
         device_count = staticmethod(lambda: 2)
+        compute_capability = staticmethod(lambda device: (90, 80)[device])
 
     monkeypatch.setattr(_backend, "cuda", Cuda)
     monkeypatch.setenv("EXEUNT_MAX_ISA", "avx2")
@@ -207,7 +209,8 @@ def test_info_names_a_lowered_isa_and_cuda(monkeypatch):
     facts["cpu"]["amx_refused"] = True
     text = info.render(facts)
     assert "AMX: the operating system refused it, the next best serves" in text
-    assert "EXEUNT_MAX_ISA=avx2" in text and "built with CUDA 12.8, devices: 2" in text
+    assert "EXEUNT_MAX_ISA=avx2" in text and "built with CUDA 12.8 for 80-real 90a-real" in text
+    assert "sm_90, sm_80" in text
 
 
 def test_info_warns_of_two_openmp_runtimes(tmp_path):

@@ -17,7 +17,7 @@ import exeunt
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(exeunt.__path__, "exeunt.")
-    if m.name not in ("exeunt._cpu", "exeunt._cuda", "exeunt.__main__")
+    if m.name not in ("exeunt._cpu", "exeunt._cuda", "exeunt._cuda_emu", "exeunt.__main__")
 )
 
 

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/host_device.h"
+
 namespace exeunt {
 
 struct Candidate {
@@ -11,10 +13,13 @@ struct Candidate {
   int32_t id;  // -1: none
 };
 
-static inline Candidate candidate_none() { return {-std::numeric_limits<float>::infinity(), -1}; }
+EXEUNT_HOST_DEVICE static inline Candidate candidate_none() {
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  return {none, -1};
+}
 
 // Keeps `list` [k], largest first.
-static inline void candidate_offer(Candidate* list, int k, Candidate c) {
+EXEUNT_HOST_DEVICE static inline void candidate_offer(Candidate* list, int k, Candidate c) {
   if (!(c.value > list[k - 1].value) || c.id < 0) return;
   int at = k - 1;
   for (; at > 0 && c.value > list[at - 1].value; --at) list[at] = list[at - 1];

@@ -1,6 +1,8 @@
 #pragma once
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace exeunt {
 
 // Element types as they cross the binding. The Python side (ops/_backend.py) sends the same numbers. int8 is a weight
@@ -14,25 +16,25 @@ struct Float16 {
   uint16_t bits;
 };
 
-static inline uint32_t float_bits(float value) {
+EXEUNT_HOST_DEVICE static inline uint32_t float_bits(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-static inline float bits_float(uint32_t bits) {
+EXEUNT_HOST_DEVICE static inline float bits_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 // Round to nearest even, NaN kept: what torch does when it narrows.
-static inline BFloat16 to_bfloat16(float value) {
+EXEUNT_HOST_DEVICE static inline BFloat16 to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);
   if (value != value) return {0x7fc0};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-static inline Float16 to_float16(float value) {
+EXEUNT_HOST_DEVICE static inline Float16 to_float16(float value) {
   const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};   // NaN
@@ -46,21 +48,23 @@ static inline Float16 to_float16(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-static inline float to_float(float value) { return value; }
-static inline float to_float(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
-static inline float to_float(Float16 value) {
+EXEUNT_HOST_DEVICE static inline float to_float(float value) { return value; }
+EXEUNT_HOST_DEVICE static inline float to_float(BFloat16 value) {
+  return bits_float(static_cast<uint32_t>(value.bits) << 16);
+}
+EXEUNT_HOST_DEVICE static inline float to_float(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bits_float(sign | 0x7f800000u | rest << 13);
   return bits_float(sign | float_bits(bits_float(rest << 13) * 0x1p112f));  // exact, subnormals too
 }
 
-static inline float value_at(const void* data, DType dtype, int64_t i) {
+EXEUNT_HOST_DEVICE static inline float value_at(const void* data, DType dtype, int64_t i) {
   if (dtype == DType::float32) return static_cast<const float*>(data)[i];
   if (dtype == DType::bfloat16) return to_float(static_cast<const BFloat16*>(data)[i]);
   return to_float(static_cast<const Float16*>(data)[i]);
 }
 
-static inline void store_at(void* data, DType dtype, int64_t i, float value) {
+EXEUNT_HOST_DEVICE static inline void store_at(void* data, DType dtype, int64_t i, float value) {
   if (dtype == DType::float32)
     static_cast<float*>(data)[i] = value;
   else if (dtype == DType::bfloat16)
@@ -70,12 +74,14 @@ static inline void store_at(void* data, DType dtype, int64_t i, float value) {
 }
 
 // What is left of a value once it has that dtype; int8 weights take the value as it is.
-static inline float rounded_to(DType dtype, float value) {
+EXEUNT_HOST_DEVICE static inline float rounded_to(DType dtype, float value) {
   if (dtype == DType::bfloat16) return to_float(to_bfloat16(value));
   if (dtype == DType::float16) return to_float(to_float16(value));
   return value;
 }
 
-static inline int64_t element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2; }
+EXEUNT_HOST_DEVICE static inline int64_t element_bytes(DType dtype) {
+  return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2;
+}
 
 }  // namespace exeunt

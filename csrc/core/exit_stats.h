@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/host_device.h"
+
 namespace exeunt {
 
 struct ExitStats {
@@ -18,23 +20,34 @@ struct ExitStats {
   float top1, top2, sumexp, weighted;
 };
 
-static inline ExitStats exit_stats_empty() {
-  const float none = -std::numeric_limits<float>::infinity();
+EXEUNT_HOST_DEVICE static inline ExitStats exit_stats_empty() {
+  constexpr float none = -std::numeric_limits<float>::infinity();
   return {-1, none, none, 0.0f, 0.0f};
 }
 
-static inline ExitStats exit_stats_flagged() {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
+EXEUNT_HOST_DEVICE static inline ExitStats exit_stats_flagged() {
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   return {-1, nan, nan, nan, nan};
 }
 
-static inline ExitStats exit_stats_merge(const ExitStats& a, const ExitStats& b) {
+// Of a single logit.
+EXEUNT_HOST_DEVICE static inline ExitStats exit_stats_of(float z, int32_t id) {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  if (!(z < inf)) return exit_stats_flagged();
+  if (z == -inf) return exit_stats_empty();
+  return {id, z, -inf, 1.0f, 0.0f};
+}
+
+EXEUNT_HOST_DEVICE static inline ExitStats exit_stats_merge(const ExitStats& a, const ExitStats& b) {
   if (a.top1 != a.top1 || b.top1 != b.top1) return exit_stats_flagged();
   if (b.argmax < 0) return a;  // empty: no finite logit seen
   if (a.argmax < 0) return b;
   const bool a_wins = a.top1 > b.top1 || (a.top1 == b.top1 && a.argmax < b.argmax);
-  const ExitStats& hi = a_wins ? a : b;
-  const ExitStats& lo = a_wins ? b : a;
+  ExitStats hi = a, lo = b;  // values, not references: on a GPU they then stay in registers
+  if (!a_wins) {
+    hi = b;
+    lo = a;
+  }
   const float shift = lo.top1 - hi.top1;  // <= 0; -inf only when the difference overflows
   const float factor = std::exp(shift);
   ExitStats out = hi;
@@ -47,6 +60,8 @@ static inline ExitStats exit_stats_merge(const ExitStats& a, const ExitStats& b)
 }
 
 // What a finished row reports: one that saw no finite logit is as unusable as one that saw NaN.
-static inline ExitStats exit_stats_finish(const ExitStats& s) { return s.argmax < 0 ? exit_stats_flagged() : s; }
+EXEUNT_HOST_DEVICE static inline ExitStats exit_stats_finish(const ExitStats& s) {
+  return s.argmax < 0 ? exit_stats_flagged() : s;
+}
 
 }  // namespace exeunt

@@ -49,7 +49,8 @@ struct ExitStatsParams {
   DType hidden_dtype;
   int64_t hidden_stride;
   WeightArg head;
-  int64_t rows, vocab, width;  // M rows to check, V, D
+  int64_t rows, vocab, width;      // M rows to check, V (or as many columns as are listed), D
+  int64_t hidden_rows, head_rows;  // N and the head's own V: what indices on a device are held to
 
   const void* row_list;  // [M] indices into hidden (and logits_out), or nullptr for 0..M-1
   bool row_list_64;      // int64 or int32, as torch has them

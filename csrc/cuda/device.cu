@@ -1,6 +1,7 @@
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace exeunt::cuda {
 
@@ -9,6 +10,13 @@ int device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+int compute_capability(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
 int runtime_version() { return CUDART_VERSION; }
+
+std::string built_archs() { return EXEUNT_CUDA_ARCHS; }
 
 }  // namespace exeunt::cuda

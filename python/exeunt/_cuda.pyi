@@ -1,13 +1,31 @@
 """
-CUDA kernels of exeunt.
+CUDA kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 """
 from __future__ import annotations
-__all__: list[str] = ['device_count', 'runtime_version']
+import typing
+__all__: list[str] = ['built_archs', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'runtime_version', 'version']
+def built_archs() -> str:
+    """
+    Architectures that this module holds kernels for, as CMake names them.
+    """
+def compute_capability(device: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Of a device, for example 90.
+    """
 def device_count() -> int:
     """
     CUDA devices that can be used now.
+    """
+def exit_stats(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, hidden_rows: typing.SupportsInt | typing.SupportsIndex, head: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], head_rows: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, row_list: typing.SupportsInt | typing.SupportsIndex, row_list_64: bool, count: typing.SupportsInt | typing.SupportsIndex, count_64: bool, head_bias: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], norm: typing.SupportsInt | typing.SupportsIndex, norm_weight: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], norm_bias: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], eps: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, temperature: typing.SupportsFloat | typing.SupportsIndex, logits_out: typing.SupportsInt | typing.SupportsIndex, logits_dtype: typing.SupportsInt | typing.SupportsIndex, logits_stride: typing.SupportsInt | typing.SupportsIndex, entropy: bool, columns: typing.SupportsInt | typing.SupportsIndex, target: typing.SupportsInt | typing.SupportsIndex, target_out: typing.SupportsInt | typing.SupportsIndex, topk: typing.SupportsInt | typing.SupportsIndex, topk_logits: typing.SupportsInt | typing.SupportsIndex, topk_ids: typing.SupportsInt | typing.SupportsIndex, seeds: typing.SupportsInt | typing.SupportsIndex, sample: typing.SupportsInt | typing.SupportsIndex, argmax: typing.SupportsInt | typing.SupportsIndex, top1: typing.SupportsInt | typing.SupportsIndex, top2: typing.SupportsInt | typing.SupportsIndex, sumexp: typing.SupportsInt | typing.SupportsIndex, weighted: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Fused norm, head and online softmax; see exeunt.ops.exit_stats.
+    """
+def exit_stats_workspace(head_dtype: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, vocab: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, topk: typing.SupportsInt | typing.SupportsIndex, draws: bool) -> int:
+    """
+    Bytes of workspace that exit_stats needs.
     """
 def runtime_version() -> int:
     """
     CUDA runtime this module was built with.
     """
+version: str = '0.1.0'

@@ -32,6 +32,7 @@ def collect() -> dict[str, Any]:
     ['cpu', 'cuda', 'versions']
     """
     cpu, cuda = _backend.cpu, _backend.cuda
+    devices = None if cuda is None else [f"sm_{cuda.compute_capability(i)}" for i in range(cuda.device_count())]
     return {
         "versions": {
             "exeunt": exeunt.__version__,
@@ -51,7 +52,8 @@ def collect() -> dict[str, Any]:
         "cuda": {
             "kernels": cuda is not None,
             "runtime": None if cuda is None else cuda.runtime_version(),
-            "devices": None if cuda is None else cuda.device_count(),
+            "archs": None if cuda is None else cuda.built_archs(),
+            "devices": devices,
             "torch": torch.version.cuda,
         },
     }
@@ -100,7 +102,8 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(("", f"warning: {len(runtimes)} OpenMP runtimes in one process slow each other down"))
     if cuda["kernels"]:
         major, minor = divmod(cuda["runtime"] // 10, 100)
-        lines.append(("CUDA kernels", f"built with CUDA {major}.{minor}, devices: {cuda['devices']}"))
+        lines.append(("CUDA kernels", f"built with CUDA {major}.{minor} for {cuda['archs']}"))
+        lines.append(("CUDA devices", ", ".join(cuda["devices"]) or "none"))
     else:
         lines.append(("CUDA kernels", "not built"))
     lines.append(("CUDA of torch", cuda["torch"] or "none"))

@@ -74,7 +74,7 @@ SMALL = [(n, v, d) for n in (0, 1, 3, 17) for v in (2, 3, 35) for d in (31, 576)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kind", [None, "rms", "layer"])
 @pytest.mark.parametrize("n,v,d", [*SMALL, (1, 1, 1), (5, 7, 1), (65, 130, 33), (130, 515, 64)])
-def test_small_heads_match_the_reference(isa, n, v, d, kind, dtype):
+def test_small_heads_match_the_reference(backend, n, v, d, kind, dtype):
     hidden, head = make(n, v, d, dtype)
     got, exact = ops.exit_stats(hidden, head, **norm_args(kind, d, dtype)), None
     if n:
@@ -117,14 +117,14 @@ def test_wide_and_tall_heads_match_the_reference(isas, v, dtype):
     ids=str,
 )
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_what_the_model_does_to_a_logit(isa, tail, with_bias, dtype):
+def test_what_the_model_does_to_a_logit(backend, tail, with_bias, dtype):
     hidden, head = make(6, 300, 77, dtype, spread=5.0)
     bias = torch.linspace(-3, 3, 300).to(dtype) if with_bias else None
     assert_within_contract(hidden, head, head_bias=bias, **norm_args("layer", 77, dtype), **tail)
 
 
 @pytest.mark.parametrize("parameter", ["head_bias", "norm_weight", "norm_bias"])
-def test_float32_parameters_beside_a_bfloat16_head(isa, parameter):
+def test_float32_parameters_beside_a_bfloat16_head(backend, parameter):
     hidden, head = make(4, 50, 40, torch.bfloat16)
     args = dict(
         norm="layer", norm_weight=torch.ones(40), norm_bias=torch.zeros(40), head_bias=torch.zeros(50), eps=1e-5
@@ -135,7 +135,7 @@ def test_float32_parameters_beside_a_bfloat16_head(isa, parameter):
     torch.testing.assert_close(got.top1.double(), exact.top1, rtol=1e-5, atol=1e-5)
 
 
-def test_non_contiguous_rows(isa):
+def test_non_contiguous_rows(backend):
     base_h, base_w = make(16, 90, 128, torch.float32)
     hidden, head = base_h[::3, 5:69], base_w[::2, 7:71]
     assert_within_contract(hidden, head)
@@ -151,7 +151,7 @@ def logits_as_rows(z):
 
 
 @pytest.mark.parametrize("scale", [1.0, 80.0, 1e4, 3e37], ids=str)
-def test_logits_that_over_and_underflow(isa, scale):
+def test_logits_that_over_and_underflow(backend, scale):
     z = torch.tensor([[1.0, -1.0, 0.5, 0.0], [0.0, 0.0, 0.0, -1.0], [-1.0, -0.9, -0.8, -1.0]]) * scale
     got = ops.exit_stats(z, torch.eye(4))
     exact = ExitStats.from_logits(z.double())
@@ -162,14 +162,14 @@ def test_logits_that_over_and_underflow(isa, scale):
     assert torch.isfinite(got.entropy).all()
 
 
-def test_hidden_whose_squares_overflow(isa):
+def test_hidden_whose_squares_overflow(backend):
     hidden, head = make(3, 20, 64, torch.float32)
     assert_within_contract(hidden * 1e25, head, **norm_args("rms", 64, torch.float32))
     assert_within_contract(hidden * 1e-25, head, **norm_args("rms", 64, torch.float32))
 
 
 @pytest.mark.parametrize("v", [2, 16, 17, 35, 130, 1000, 70000])
-def test_ties_go_to_the_lowest_index(isa, v):
+def test_ties_go_to_the_lowest_index(backend, v):
     z = torch.zeros(3, v)
     z[1, [v // 2, v - 1]] = 2.0
     z[2, v - 1] = 2.0
@@ -181,7 +181,7 @@ def test_ties_go_to_the_lowest_index(isa, v):
     assert got.top2.tolist() == [0.0, 2.0 if v // 2 != v - 1 else 0.0, 0.0]
 
 
-def test_a_vocabulary_of_one(isa):
+def test_a_vocabulary_of_one(backend):
     got = ops.exit_stats(torch.ones(2, 3), torch.ones(1, 3))
     assert got.argmax.tolist() == [0, 0]
     assert got.top2.tolist() == [-INF, -INF]
@@ -191,7 +191,7 @@ def test_a_vocabulary_of_one(isa):
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("v", [3, 40, 300])
-def test_rows_with_nan_or_inf_are_flagged_and_others_unaffected(isa, bad, v):
+def test_rows_with_nan_or_inf_are_flagged_and_others_unaffected(backend, bad, v):
     z = torch.randn(5, v)
     clean = ops.exit_stats(*logits_as_rows(z))
     for column in (0, v // 2, v - 1):
@@ -210,7 +210,7 @@ def test_rows_with_nan_or_inf_are_flagged_and_others_unaffected(isa, bad, v):
     assert not (got.max_prob >= 0.0)[2] and not (got.margin >= 0.0)[2] and not (-got.entropy >= -INF)[2]
 
 
-def test_minus_infinity_contributes_nothing(isa):
+def test_minus_infinity_contributes_nothing(backend):
     z = torch.randn(4, 300)
     bias = torch.zeros(300)
     bias[10:290] = -INF
@@ -226,7 +226,7 @@ def test_minus_infinity_contributes_nothing(isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("v,d", [(2, 31), (515, 33), (49152, 96)])
-def test_same_bits_for_any_grouping_and_thread_count(isa, v, d, dtype):
+def test_same_bits_for_any_grouping_and_thread_count(backend, v, d, dtype):
     hidden, head = make(70, v, d, dtype, spread=4.0)
     args = norm_args("rms", d, dtype)
     threads = torch.get_num_threads()
@@ -245,7 +245,7 @@ def test_same_bits_for_any_grouping_and_thread_count(isa, v, d, dtype):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_rows_and_count(isa, index_dtype):
+def test_rows_and_count(backend, index_dtype):
     hidden, head = make(9, 120, 48, torch.float32)
     rows = torch.tensor([7, 0, 3, 3, 8], dtype=index_dtype)
     every = ops.exit_stats(hidden, head)
@@ -260,7 +260,7 @@ def test_rows_and_count(isa, index_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("out_dtype", [None, torch.float32])
-def test_logits_out_is_the_raw_product_of_the_live_rows(isa, dtype, out_dtype):
+def test_logits_out_is_the_raw_product_of_the_live_rows(backend, dtype, out_dtype):
     hidden, head = make(9, 75, 48, dtype)
     bias = torch.randn(75).to(dtype)
     rows = torch.tensor([7, 0, 3])

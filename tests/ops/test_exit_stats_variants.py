@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("listed", [False, True], ids=["all", "columns"])
 @pytest.mark.parametrize("v", [3, 700])
-def test_variants_match_the_reference(isa, v, listed, dtype):
+def test_variants_match_the_reference(backend, v, listed, dtype):
     hidden, head = make(11, v, 70, dtype, spread=3.0)
     g = torch.Generator().manual_seed(3)
     asked = dict(
@@ -33,12 +33,14 @@ def test_variants_match_the_reference(isa, v, listed, dtype):
     for name in ("top1", "top2", "sumexp", "weighted", "target", "topk_logits"):
         a, b = getattr(got, name), getattr(exact, name)
         assert (a is b is None) or torch.allclose(a.double(), b, rtol=1e-5, atol=2e-5), name
+    if backend in ("emulated", "cuda"):
+        return  # packed heads are for CPUs
     packed = ops.exit_stats(hidden, PackedHead(head), **asked)
     for a, b in zip(got, packed, strict=True):
         assert a is b is None or torch.equal(a, b)
 
 
-def test_columns_write_their_own_logits(isa):
+def test_columns_write_their_own_logits(backend):
     hidden, head = make(5, 90, 33, torch.float32)
     columns = torch.tensor([80, 2, 2, 17])
     out = torch.empty(5, 4)
@@ -47,7 +49,7 @@ def test_columns_write_their_own_logits(isa):
     assert torch.equal(got.argmax, columns[out.argmax(1)])
 
 
-def test_ties_among_the_largest_go_to_the_lowest_index(isa):
+def test_ties_among_the_largest_go_to_the_lowest_index(backend):
     head = torch.zeros(600, 2)
     head[[5, 300, 599], 0] = 1.0
     got = ops.exit_stats(torch.tensor([[1.0, 0.0]]), head, topk=5)
@@ -56,7 +58,7 @@ def test_ties_among_the_largest_go_to_the_lowest_index(isa):
     assert few.topk_ids.tolist() == [[0, 1, 2, -1, -1]] and few.topk_logits[0, 3] == -torch.inf
 
 
-def test_flagged_rows_have_no_candidates(isa):
+def test_flagged_rows_have_no_candidates(backend):
     hidden, head = make(3, 60, 16, torch.float32)
     hidden[1, 0] = torch.nan
     got = ops.exit_stats(hidden, head, topk=2, seeds=torch.arange(3), target=torch.zeros(3, dtype=torch.int64))
@@ -64,7 +66,7 @@ def test_flagged_rows_have_no_candidates(isa):
     assert (got.sample[[0, 2]] >= 0).all() and torch.isfinite(got.target[[0, 2]]).all()
 
 
-def test_a_draw_depends_on_its_seed_alone(isa):
+def test_a_draw_depends_on_its_seed_alone(backend):
     hidden, head = make(33, 1000, 48, torch.float32)
     seeds = torch.arange(33) * 7919
     every = ops.exit_stats(hidden, head, seeds=seeds).sample
@@ -76,7 +78,7 @@ def test_a_draw_depends_on_its_seed_alone(isa):
     assert not torch.equal(ops.exit_stats(hidden, head, seeds=seeds + 1).sample, every)
 
 
-def test_draws_follow_the_softmax(isa):
+def test_draws_follow_the_softmax(backend):
     v, n = 24, 40_000
     z = torch.randn(v, generator=torch.Generator().manual_seed(5)) * 1.5
     draws = ops.exit_stats(torch.ones(n, 1), z[:, None], seeds=torch.arange(n), temperature=0.8).sample
@@ -93,7 +95,7 @@ def test_the_noise_is_gumbel_and_philox():
     assert round((1 - word.item()) * 2**32 - 0.5) == 0x6627E8D5
 
 
-def test_entropy_is_left_out_on_request(isa):
+def test_entropy_is_left_out_on_request(backend):
     hidden, head = make(3, 60, 16, torch.float32)
     whole, lean = ops.exit_stats(hidden, head), ops.exit_stats(hidden, head, entropy=False)
     assert torch.isnan(lean.weighted).all() and torch.equal(lean.sumexp, whole.sumexp)

@@ -31,6 +31,19 @@ cuda = _module("_cuda")
 if cpu is not None:
     cpu.select_isa(os.environ.get("EXEUNT_MAX_ISA", ""))
 
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """The module whose kernels take tensors of that device; None where this build has none for it."""
+    return cpu if device.type == "cpu" else cuda if device.type == "cuda" else None
+
+
+def place(device: torch.device) -> tuple[int, ...]:
+    """What a kernel is told about where it runs: threads on a CPU; device and stream on CUDA."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return (device.index, torch.cuda.current_stream(device).cuda_stream)
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _warned: set[str] = set()
 
@@ -44,11 +57,11 @@ def warn_fallback(op: str, device: torch.device) -> None:
 
 
 def direct(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether an op may skip the dispatcher: plain eager CPU tensors, and nothing traces."""
+    """Whether an op may skip the dispatcher: plain eager tensors, and nothing traces."""
     return (
         type(hidden) in _PLAIN
         and type(weight) in _PLAIN
-        and hidden.is_cpu
+        and (hidden.is_cpu or hidden.is_cuda)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None

@@ -140,15 +140,16 @@ class Call(NamedTuple):
 
     def run(self) -> ExitStats:
         """The checked call: the kernel where there is one, else the reference."""
-        cpu, hidden = _backend.cpu, self.hidden
-        if cpu is None or not hidden.is_cpu:
+        hidden = self.hidden
+        kernels = _backend.kernels(hidden.device)
+        if kernels is None:
             _backend.warn_fallback("exit_stats", hidden.device)
             plain = self._asdict() | {"head": unpacked(self.head, self.head_scale, self.packed), "count": self.live}
             for name in ("head_scale", "packed", "live"):
                 del plain[name]
             return reference.exit_stats(**plain)
         n, d = hidden.shape
-        v = self.head.shape[0] if self.packed is None else self.packed[0]
+        v = head_rows = self.head.shape[0] if self.packed is None else self.packed[0]
         rows, columns, target, seeds = self.rows, self.columns, self.target, self.seeds
         m = n
         if rows is not None:
@@ -164,13 +165,14 @@ class Call(NamedTuple):
             return out
         if d > 1 and hidden.stride(1) != 1:
             hidden = hidden.contiguous()
-        weight, threads = _backend.weight_arg(self.head, self.head_scale), torch.get_num_threads()
-        size = cpu.exit_stats_workspace(weight[1], m, v, d, self.topk, seeds is not None, threads)
-        workspace = _empty(size, dtype=torch.uint8)
+        weight, place = _backend.weight_arg(self.head, self.head_scale), _backend.place(hidden.device)
+        sizes = (weight[1], m, v, d, self.topk, seeds is not None)
+        size = kernels.exit_stats_workspace(*sizes, *place) if hidden.is_cpu else kernels.exit_stats_workspace(*sizes)
+        workspace = _empty(size, dtype=torch.uint8, device=hidden.device)
         bias, norm_weight, norm_bias = self.head_bias, self.norm_weight, self.norm_bias
         vector, pointer, logits = _backend.vector_arg, _backend.pointer, self.logits_out
-        cpu.exit_stats(
-            hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), weight, m, v, d,
+        kernels.exit_stats(
+            hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, weight, head_rows, m, v, d,
             pointer(rows), rows is not None and rows.dtype == _int,
             pointer(self.live), self.live is not None and self.live.dtype == _int,
             vector(bias), _backend.NORMS[self.norm], vector(norm_weight), vector(norm_bias),
@@ -179,14 +181,14 @@ class Call(NamedTuple):
             0 if logits is None else logits.stride(0), self.entropy, pointer(columns), pointer(target),
             pointer(out.target), self.topk, pointer(out.topk_logits), pointer(out.topk_ids), pointer(seeds),
             pointer(out.sample), out.argmax.data_ptr(), out.top1.data_ptr(), out.top2.data_ptr(),
-            out.sumexp.data_ptr(), out.weighted.data_ptr(), workspace.data_ptr(), threads,
+            out.sumexp.data_ptr(), out.weighted.data_ptr(), workspace.data_ptr(), *place,
         )  # fmt: skip
         return out
 
 
 def _within(name: str, index: Tensor, bound: int) -> Tensor:
-    """The contiguous index, which must lie in 0..bound-1."""
-    if index.numel():
+    """The contiguous index, which must lie in 0..bound-1; on a device the kernel looks, so that nobody waits for it."""
+    if index.numel() and index.is_cpu:
         low, high = torch.aminmax(index)
         if int(low) < 0 or int(high) >= bound:
             raise ValueError(f"exit_stats: {name} must lie in 0..{bound - 1}, got {int(low)}..{int(high)}")

@@ -1,0 +1,157 @@
+"""exit_stats on a GPU beside the time of one read of the head, torch eager, torch.compile and installed peers.
+
+    python benchmarks/bench_cuda.py [--out FILE]    the table
+    python benchmarks/bench_cuda.py --small         each kernel once on small shapes, for compute-sanitizer
+
+Medians of CUDA events, inputs of all contenders read anew from memory (a buffer larger than any L2 is written between
+two runs), contenders interleaved. "x read" is our time over that of reading the head once at the rate of a device copy.
+Other columns are the contender's time over ours: above 1, exeunt is faster. Liger and Cut Cross-Entropy compute a loss,
+FlashInfer top-k of logits that torch multiplies: less than the statistics that exit_stats leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import exeunt
+from exeunt import ExitStats, ops
+
+SHAPES = [(128_256, 4096), (32_000, 4096), (49_152, 576)]
+ROWS = [1, 4, 16, 64, 256, 1024, 4096]
+EPS = 1e-5
+
+
+def eager(hidden, head, weight):
+    """What a user writes: norm, linear, then statistics of the float32 logits."""
+    logits = F.linear(F.rms_norm(hidden, hidden.shape[1:], weight, EPS), head).float()
+    top = logits.topk(2, dim=-1)
+    log_probs = torch.log_softmax(logits, -1)
+    return top.indices[:, 0], top.values, -(log_probs.exp() * log_probs).sum(-1)
+
+
+def fused(hidden, head, weight):
+    return ops.exit_stats(hidden, head, norm="rms", norm_weight=weight, eps=EPS)
+
+
+def peers(target):
+    """Contenders by name, those that are installed."""
+    found = {"torch eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+    found["linear alone"] = lambda hidden, head, weight: F.linear(hidden, head)
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["Cut Cross-Entropy"] = lambda hidden, head, weight: linear_cross_entropy(hidden, head, target)
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+
+        found["Liger"] = lambda hidden, head, weight: fused_linear_cross_entropy_forward(hidden, head, target)
+    if importlib.util.find_spec("flashinfer"):
+        import flashinfer
+
+        found["FlashInfer"] = lambda hidden, head, weight: flashinfer.top_k(F.linear(hidden, head), 2)
+    return found
+
+
+def interleaved(contenders, budget=1.0):
+    """Median milliseconds of each, or the error that it raised."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times, failed = {name: [] for name in contenders}, {}
+    for name, run in contenders.items():
+        try:
+            run()  # compiles
+            run()
+        except Exception as error:
+            failed[name] = type(error).__name__
+    spent = 0.0
+    while spent < budget * 1000 and len(next(iter(times.values()))) < 30:
+        for name, run in contenders.items():
+            if name in failed:
+                continue
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+            spent += times[name][-1]
+    return {name: failed.get(name) or statistics.median(found) for name, found in times.items()}
+
+
+def table():
+    columns = ["torch eager", "torch.compile", "linear alone", "Cut Cross-Entropy", "Liger", "FlashInfer"]
+    yield f"| V x D, bf16 | N | exeunt ms | x read | {' | '.join(columns)} |"
+    yield "|---" * (4 + len(columns)) + "|"
+    for v, d in SHAPES:
+        head = (torch.randn(v, d, device="cuda") / d**0.5).bfloat16()
+        weight = torch.ones(d, device="cuda", dtype=torch.bfloat16)
+        copy = torch.empty_like(head)
+        read = interleaved({"copy": lambda copy=copy, head=head: copy.copy_(head)})["copy"] / 2
+        for n in ROWS:
+            hidden = torch.randn(n, d, device="cuda").bfloat16()
+            target = torch.zeros(n, dtype=torch.int64, device="cuda")
+            contenders = {
+                name: lambda run=run, hidden=hidden, head=head, weight=weight: run(hidden, head, weight)
+                for name, run in {"exeunt": fused, **peers(target)}.items()
+            }
+            got = interleaved(contenders)
+            ours = got.pop("exeunt")
+            cells = [got.get(name, "absent") for name in columns]
+            shown = " | ".join(c if isinstance(c, str) else f"{c / ours:.2f}" for c in cells)
+            yield f"| {v} x {d} | {n} | {ours:.3f} | {ours / read:.2f} | {shown} |"
+            torch.compiler.reset()
+
+
+def small():
+    """Every kernel once: dtypes, blocks of rows, aligned and unaligned heads, all variants."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, v, d in [(1, 300, 64), (12, 130, 33), (20, 260, 72), (70, 129, 96)]:
+            hidden, head = torch.randn(n, d).to("cuda", dtype), torch.randn(v, d).to("cuda", dtype)
+            every = torch.arange(n, device="cuda")
+            stats = ops.exit_stats(hidden, head, norm="rms", topk=3, seeds=every, target=every % v,
+                                   rows=every.flip(0), count=torch.tensor(n, device="cuda"),
+                                   logits_out=torch.empty(n, v, device="cuda"))  # fmt: skip
+            expected = ExitStats.from_logits(
+                F.linear(F.rms_norm(hidden.float(), (d,), None, 1e-6).to(dtype).float(), head.float())
+            )
+            torch.testing.assert_close(stats.top1, expected.top1.flip(0), rtol=1e-2, atol=1e-2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file that the table goes to")
+    parser.add_argument("--small", action="store_true", help="run small shapes once and stop")
+    asked = parser.parse_args()
+    if asked.small:
+        return small()
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    lines = [
+        "# exit_stats on CUDA",
+        "",
+        f"{torch.cuda.get_device_name()}, driver {driver or 'unknown'}, torch {torch.__version__}, "
+        f"exeunt {exeunt.__version__}, {datetime.date.today()}. `benchmarks/gpu.sh`; what the columns mean stands in "
+        "`benchmarks/bench_cuda.py`.",
+        "",
+    ]
+    for line in table():
+        print(line, flush=True)
+        lines.append(line)
+    if asked.out:
+        part = asked.out.with_suffix(".part")
+        part.write_text("\n".join(lines) + "\n")
+        part.replace(asked.out)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+// The streaming product on CUDA: a few hidden rows times a weight that is read once.
+//
+//   weight  [V, D]  tile = 128 rows, 32 a warp          hidden rows  [N, D]  block = 8, 16, 32 or 64 of them
+//   step    128 bytes of D: [128][128 B] of the weight and [rows][128 B] of the hidden rows, one pipeline stage
+//
+// The weight is the M side of the tensor cores' product, so that its 16-row fragments are always full and hidden rows
+// fill the N side in eights. Thread (g, t) = (lane / 4, lane % 4) of a warp holds, for i < 2 and each j,
+//
+//   acc[i][j][q] = weight row 32 warp + 16 i + 8 (q >> 1) + g  times  hidden row 8 j + 2 t + (q & 1)
+//
+// in the layout of mma.m16n8k16; the float32 product (multiply-add, no tf32) keeps the same one. A thread block is
+// persistent: its pipeline runs on from tile to tile, so that while one tile's epilogue computes, the next tile is on
+// its way. Each product is one chain over D, whatever the number of rows: a row's bits do not depend on its batch.
+//
+// Hazards: a stage is filled again only after the barrier that follows its use; a thread's own wait comes before that
+// barrier, so behind it the stage of everybody is complete. Rows past the end of the weight and bytes past the end of D
+// are zeros, which the epilogue must mask.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "core/params.h"
+#include "cuda/ptx.cuh"
+
+namespace exeunt::cuda {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kTile = 128;  // weight rows
+constexpr int kLine = 128;  // bytes of each row in a step
+
+// Two blocks of 32 rows and more fit a multiprocessor with three stages, fewer rows with four.
+template <int kRows>
+inline constexpr int kStages = kRows >= 32 ? 3 : 4;
+template <int kRows>
+inline constexpr int kStageBytes = (kTile + kRows) * kLine;
+
+// Where 16-byte chunk `chunk` of a row lies in a stage: exchanged among the row's eight so that the same chunk of eight
+// successive rows, which one matrix load or eight lanes read together, lies in all 32 banks.
+__device__ __forceinline__ int chunk_at(int row, int chunk) { return row * kLine + ((chunk ^ (row & 7)) << 4); }
+
+// The (tile, row block) pairs that a thread block works through: an item is a chunk of the vocabulary, tile by tile,
+// for one block of rows; row blocks of one chunk are neighbours, so that all but the first find the weight in L2.
+struct Jobs {
+  int64_t tiles, tiles_per_chunk, blocks, items;
+  int64_t item = 0, block = 0, tile = 0, end = 0;
+
+  __device__ Jobs(int64_t tiles_, int64_t tiles_per_chunk_, int64_t blocks_)
+      : tiles(tiles_),
+        tiles_per_chunk(tiles_per_chunk_),
+        blocks(blocks_),
+        items((tiles + tiles_per_chunk - 1) / tiles_per_chunk * blocks) {
+    start(blockIdx.x);
+  }
+  __device__ bool done() const { return item >= items; }
+  __device__ void start(int64_t i) {
+    item = i;
+    if (done()) return;
+    block = item % blocks;
+    tile = item / blocks * tiles_per_chunk;
+    end = tile + tiles_per_chunk < tiles ? tile + tiles_per_chunk : tiles;
+  }
+  __device__ void next() {
+    if (++tile == end) start(item + gridDim.x);
+  }
+};
+
+// Fills stages, running ahead of the product.
+template <class T, int kRows>
+class Loader {
+ public:
+  // weight [bound, D], or of those rows the list `columns` [rows]; hidden rows at `x`, 16-byte aligned and padded with
+  // zeros to whole steps, x_stride bytes apart.
+  __device__ Loader(const WeightArg& weight, const int64_t* columns, int64_t rows, int64_t bound, int64_t width,
+                    const char* x, int64_t x_stride, const Jobs& jobs)
+      : base_(static_cast<const char*>(weight.data)),
+        stride_(weight.row_stride),
+        columns_(columns),
+        rows_(rows),
+        bound_(bound),
+        row_bytes_(width * static_cast<int64_t>(sizeof(T))),
+        lines_((row_bytes_ + kLine - 1) / kLine),
+        x_(x),
+        x_stride_(x_stride),
+        aligned_((reinterpret_cast<uintptr_t>(weight.data) | static_cast<uintptr_t>(weight.row_stride)) % 16 == 0),
+        jobs_(jobs) {
+    aim();
+  }
+
+  __device__ int64_t lines() const { return lines_; }
+
+  // Starts the copies of the next step into `stage`, and closes a group over them; an empty one when all is done.
+  __device__ void issue(char* stage) {
+    if (!jobs_.done()) {
+      const int chunk = threadIdx.x % 8, row = threadIdx.x / 8;
+      const int64_t offset = line_ * kLine + chunk * 16, left = row_bytes_ - offset;
+      const int bytes = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i)
+        copy(stage + chunk_at(row + i * kRowsAtOnce, chunk), source_[i], offset, source_[i] ? bytes : 0);
+      const char* x = x_ + jobs_.block * kRows * x_stride_ + offset;
+#pragma unroll
+      for (int r = row; r < kRows; r += kRowsAtOnce)
+        ptx::cp_async_16(stage + kTile * kLine + chunk_at(r, chunk), x + r * x_stride_, 16);
+      if (++line_ == lines_) {
+        line_ = 0;
+        jobs_.next();
+        aim();
+      }
+    }
+    ptx::cp_async_commit();
+  }
+
+ private:
+  static constexpr int kRowsAtOnce = kThreads / 8, kPasses = kTile / kRowsAtOnce;
+
+  // Finds the rows of the job's tile that this thread copies from; nullptr for none.
+  __device__ void aim() {
+    if (jobs_.done()) return;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int64_t position = jobs_.tile * kTile + threadIdx.x / 8 + i * kRowsAtOnce;
+      const int64_t row = position >= rows_ ? -1 : columns_ ? columns_[position] : position;
+      source_[i] = row >= 0 && row < bound_ ? base_ + row * stride_ : nullptr;
+    }
+  }
+
+  // 16 bytes to shared memory, of which the first `bytes` come from `row + offset`. Rows that no 16-byte access may
+  // touch are read element by element.
+  __device__ void copy(char* to, const char* row, int64_t offset, int bytes) {
+    if (aligned_) {
+      ptx::cp_async_16(to, bytes ? row + offset : base_, bytes);
+      return;
+    }
+    constexpr int kElements = 16 / sizeof(T);
+    T element[kElements];
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+      element[e] = e * static_cast<int>(sizeof(T)) < bytes ? reinterpret_cast<const T*>(row + offset)[e] : T{};
+    uint4 words;
+    memcpy(&words, element, 16);
+    *reinterpret_cast<uint4*>(to) = words;
+  }
+
+  const char* base_;
+  int64_t stride_;
+  const int64_t* columns_;
+  int64_t rows_, bound_, row_bytes_, lines_;
+  const char* x_;
+  int64_t x_stride_;
+  bool aligned_;
+  Jobs jobs_;
+  int64_t line_ = 0;
+  const char* source_[kPasses];
+};
+
+template <int kRows>
+using Accumulator = float[2][kRows / 8][4];
+
+// One stage's share of the products.
+template <class T, int kRows>
+__device__ __forceinline__ void multiply(Accumulator<kRows>& acc, const char* stage) {
+  const char* rows = stage + kTile * kLine;
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32;
+  if constexpr (sizeof(T) == 4) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll 2
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      float4 a[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) a[q] = *reinterpret_cast<const float4*>(stage + chunk_at(first + 8 * q + g, chunk));
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float4 b = *reinterpret_cast<const float4*>(rows + chunk_at(8 * j + 2 * t + e, chunk));
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            float& z = acc[q >> 1][j][2 * (q & 1) + e];
+            z = __fmaf_rn(a[q].x, b.x, z);
+            z = __fmaf_rn(a[q].y, b.y, z);
+            z = __fmaf_rn(a[q].z, b.z, z);
+            z = __fmaf_rn(a[q].w, b.w, z);
+          }
+        }
+    }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // 32 elements of D: two steps of the tensor cores
+      uint32_t a[2][2][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          ptx::ldmatrix_x4(a[k][i], stage + chunk_at(first + 16 * i + lane % 16, 4 * half + 2 * k + lane / 16));
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, rows + chunk_at(8 * j + lane % 8, 4 * half + lane / 8));
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint32_t bk[2] = {b[2 * k], b[2 * k + 1]};
+#pragma unroll
+          for (int i = 0; i < 2; ++i) ptx::mma<T>(acc[i][j], a[k][i], bk);
+        }
+      }
+    }
+  }
+}
+
+// Runs the thread block's jobs: epilogue(job, acc) after each tile. `shared` holds kStages<kRows> stages. The epilogue
+// may use shared memory of its own: between two calls of it lies at least one barrier.
+template <class T, int kRows, class Epilogue>
+__device__ __forceinline__ void product(Loader<T, kRows>& loader, Jobs jobs, char* shared, Epilogue epilogue) {
+  constexpr int kLast = kStages<kRows> - 1, kBytes = kStageBytes<kRows>;
+  for (int s = 0; s < kLast; ++s) loader.issue(shared + s * kBytes);
+  int current = 0;
+  for (; !jobs.done(); jobs.next()) {
+    Accumulator<kRows> acc = {};
+    for (int64_t line = 0; line < loader.lines(); ++line) {
+      ptx::cp_async_wait<kLast - 1>();
+      __syncthreads();
+      loader.issue(shared + (current == 0 ? kLast : current - 1) * kBytes);
+      multiply<T, kRows>(acc, shared + current * kBytes);
+      current = current == kLast ? 0 : current + 1;
+    }
+    epilogue(jobs, acc);
+  }
+  ptx::cp_async_wait<0>();
+}
+
+}  // namespace exeunt::cuda

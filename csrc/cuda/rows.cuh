@@ -1,0 +1,81 @@
+// Hidden rows before the product: picked, normalised and rounded once, as csrc/cpu/rows.h does it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/params.h"
+#include "cuda/product.cuh"
+
+namespace exeunt::cuda {
+
+__device__ __forceinline__ int64_t index_at(const void* list, bool wide, int64_t i) {
+  return wide ? static_cast<const int64_t*>(list)[i] : static_cast<const int32_t*>(list)[i];
+}
+
+// How many of the M rows are live: read on the device, so that nobody waits for it.
+__device__ __forceinline__ int64_t live_rows(const ExitStatsParams& p) {
+  if (!p.count) return p.rows;
+  const int64_t count = index_at(p.count, p.count_64, 0);
+  return count < 0 ? 0 : count < p.rows ? count : p.rows;
+}
+
+// The row of hidden (and logits_out) behind checked row m, -1 for an index out of range.
+__device__ __forceinline__ int64_t hidden_row(const ExitStatsParams& p, int64_t m) {
+  const int64_t row = p.row_list ? index_at(p.row_list, p.row_list_64, m) : m;
+  return row >= 0 && row < p.hidden_rows ? row : -1;
+}
+
+// Sum over the block, the same in every thread; always in the same order. `scratch` [kWarps].
+__device__ __forceinline__ double block_sum(double value, double* scratch) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  double sum = 0.0;
+  for (int w = 0; w < kWarps; ++w) sum += scratch[w];
+  return sum;
+}
+
+// Row blockIdx.x of x [.., x_width], of the dtype of the head, x_width being D padded with zeros. Rows that are not
+// live are zeros, a row whose index is out of range is NaN. Statistics are taken in double: D is short beside the
+// product, and squares of large hidden values cannot overflow.
+__global__ void __launch_bounds__(kThreads)
+    normalise_kernel(const __grid_constant__ ExitStatsParams p, char* x, int64_t x_width) {
+  double* scratch = reinterpret_cast<double*>(ptx::dynamic_shared());  // [2][kWarps]
+  const int64_t m = blockIdx.x, width = p.width, out = m * x_width;
+  const bool live = m < live_rows(p);
+  const int64_t row = live ? hidden_row(p, m) : -1;
+  if (row < 0) {
+    const float fill = live ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+    for (int64_t d = threadIdx.x; d < x_width; d += kThreads)
+      store_at(x, p.head.dtype, out + d, d < width ? fill : 0.0f);
+    return;
+  }
+  const auto hidden = [&](int64_t d) {
+    return static_cast<double>(value_at(p.hidden, p.hidden_dtype, row * p.hidden_stride + d));
+  };
+  double mean = 0.0, rstd = 1.0;
+  if (p.norm.kind == Norm::layer) {
+    double sum = 0.0;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) sum += hidden(d);
+    mean = block_sum(sum, scratch) / static_cast<double>(width);
+  }
+  if (p.norm.kind != Norm::none) {
+    double power = 0.0;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) power += (hidden(d) - mean) * (hidden(d) - mean);
+    power = block_sum(power, scratch + kWarps) / static_cast<double>(width);
+    rstd = 1.0 / sqrt(power + static_cast<double>(p.norm.eps));
+  }
+  const VectorArg weight = p.norm.weight, bias = p.norm.bias;
+  for (int64_t d = threadIdx.x; d < x_width; d += kThreads) {
+    double value = 0.0;
+    if (d < width) {
+      value = (hidden(d) - mean) * rstd;
+      if (weight.data) value *= static_cast<double>(value_at(weight.data, weight.dtype, d * weight.stride));
+      if (bias.data) value += static_cast<double>(value_at(bias.data, bias.dtype, d * bias.stride));
+    }
+    store_at(x, p.head.dtype, out + d, static_cast<float>(value));
+  }
+}
+
+}  // namespace exeunt::cuda

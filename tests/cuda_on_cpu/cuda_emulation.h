@@ -1,0 +1,335 @@
+// CUDA C++ on a CPU: enough of the language and its runtime to run this project's kernels under a C++20 compiler, its
+// sanitizers and its debugger. tests/cuda_on_cpu/cuda_runtime.h shadows the toolkit's header of that name.
+//
+//   block     runs alone on the calling OS thread, blocks one after the other
+//   thread    a fiber; it gives way only where it waits for others: barriers, warp operations, its end
+//   warp op   a rendezvous: the last lane to arrive computes what every lane receives
+//   cp.async  each copy lands at once or not before it is waited for; until then its target holds NaN
+//   shared    dynamic shared memory is NaN (0xFF) at the start of every block
+//   schedule  `emu::schedule = 0`: threads in order, copies late; any other seed: a random order, some copies early
+//
+// Errors end the launch with emu::Error: a deadlock (naming who waits where), lanes that meet in different operations,
+// a misaligned or out-of-bounds address in a copy or a matrix load, a thread that ends with copies in flight.
+//
+// Under ThreadSanitizer every thread is a TSan fiber, ordered with others by barriers and __syncwarp alone, so a
+// missing barrier is reported as the race that it is. Under AddressSanitizer shared memory ends where it ends.
+//
+// What it cannot see: wrong PTX strings (ptx_layouts.py holds those to their documentation), what nvcc makes of the
+// code, bank conflicts, registers, speed, and races between blocks.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "fiber.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running thread: set whenever one is switched to
+
+namespace emu {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline unsigned schedule = 0;
+
+enum class State : uint8_t { ready, at_barrier, at_warp_op, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes;  // of 16; zeros fill the rest
+  bool landed;
+};
+
+struct Thread {
+  Fiber fiber;
+  dim3 index;
+  int linear = 0;
+  State state = State::ready;
+  const char* where = "its start";
+  std::vector<Copy> open;                 // cp.async not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+};
+
+struct Warp {
+  uint32_t arrived = 0, mask = 0;
+  const char* op = nullptr;
+  const void* in[32];
+  void* out[32];
+};
+
+struct Block {
+  dim3 index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  int alive = 0, waiting = 0;
+  unsigned barriers = 0;  // passed so far
+  char order[2], ended;   // what TSan orders threads by: barriers in turn, the end of the block
+  Fiber main;
+  const std::function<void()>* kernel = nullptr;
+  std::string error;
+  std::mt19937 random;
+};
+
+inline Block* block = nullptr;
+inline Thread* self = nullptr;
+
+// Heads or tails, by the schedule's seed; always tails without one.
+inline bool coin() {
+  Unseen unseen;
+  return schedule && block->random() % 2;
+}
+
+NO_TSAN inline void give_way() { switch_fiber(self->fiber, block->main); }
+
+[[noreturn]] inline void fail(const std::string& what) {
+  if (block->error.empty()) block->error = what;
+  self->state = State::done;
+  for (;;) give_way();
+}
+
+NO_TSAN inline void open_barrier(Block& b) {
+  b.waiting = 0;
+  ++b.barriers;
+  for (Thread& t : b.threads)
+    if (t.state == State::at_barrier) t.state = State::ready;
+}
+
+NO_TSAN inline void wait_at_barrier(Block& b) {
+  Unseen unseen;
+  self->where = "__syncthreads";
+  if (++b.waiting == b.alive) return open_barrier(b);
+  self->state = State::at_barrier;
+  give_way();
+}
+
+NO_TSAN inline void barrier() {
+  Block& b = *block;
+  char* order = &b.order[b.barriers & 1];
+  tsan_release(order);
+  wait_at_barrier(b);
+  tsan_acquire(order);
+}
+
+// The lanes of `mask` meet; the last to arrive runs combine(in, out), arrays over the lanes.
+template <class In, class Out, class Combine>
+inline void warp_op(const char* op, uint32_t mask, const In& in, Out& out, Combine&& combine) {
+  Unseen unseen;
+  Block& b = *block;
+  Warp& w = b.warps[self->linear >> 5];
+  const int lane = self->linear & 31;
+  const uint32_t bit = 1u << lane;
+  self->where = op;
+  if (!(mask & bit)) fail(std::string(op) + ": the calling lane is not in its mask");
+  if (!w.arrived) {
+    w.mask = mask;
+    w.op = op;
+  } else if (w.mask != mask || std::strcmp(w.op, op) != 0) {
+    fail(std::string("lanes of one warp meet in different operations: ") + op + " and " + w.op);
+  }
+  w.in[lane] = &in;
+  w.out[lane] = &out;
+  w.arrived |= bit;
+  if (w.arrived != mask) {
+    self->state = State::at_warp_op;
+    give_way();
+    return;
+  }
+  w.arrived = 0;
+  combine(reinterpret_cast<const In* const*>(w.in), reinterpret_cast<Out* const*>(w.out));
+  for (int l = 0; l < 32; ++l)
+    if ((mask >> l & 1) && l != lane) b.threads[(self->linear & ~31) + l].state = State::ready;
+}
+
+NO_TSAN inline void end_thread() {
+  tsan_release(&block->ended);
+  Unseen unseen;
+  self->state = State::done;
+  if (--block->alive && block->waiting == block->alive) open_barrier(*block);
+}
+
+NO_TSAN inline void thread_main() {
+  fiber_started();
+  try {
+    (*block->kernel)();
+    if (!self->open.empty() || !self->groups.empty()) throw Error("a thread ended with cp.async in flight");
+  } catch (const std::exception& e) {
+    if (block->error.empty()) block->error = e.what();
+  }
+  end_thread();
+  for (;;) give_way();
+}
+
+inline std::string deadlock(const Block& b) {
+  std::string what = "deadlock in block " + std::to_string(b.index.x) + ":";
+  int named = 0;
+  for (const Thread& t : b.threads)
+    if (t.state != State::done && named++ < 4) what += " thread " + std::to_string(t.linear) + " at " + t.where + ",";
+  return what + " " + std::to_string(b.threads.size() - static_cast<size_t>(b.alive)) + " threads have ended";
+}
+
+inline void run_block(Block& b, std::vector<Stack>& stacks) {
+  const int n = static_cast<int>(b.threads.size());
+  std::vector<int> order(n);
+  b.alive = n;
+  b.waiting = 0;
+  b.error.clear();
+  block = &b;
+  FiberScope scope(b.main);
+  for (int i = 0; i < n; ++i) {
+    Thread& t = b.threads[i];
+    order[i] = t.linear = i;
+    t.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+    t.state = State::ready;
+    t.open.clear();
+    t.groups.clear();
+    make_fiber(t.fiber, stacks[i], &thread_main);
+  }
+  for (Warp& w : b.warps) w = Warp{};
+  if (b.shared) std::memset(b.shared, 0xFF, b.shared_bytes);
+  while (b.alive && b.error.empty()) {
+    bool ran = false;
+    if (schedule) std::shuffle(order.begin(), order.end(), b.random);
+    for (int i : order) {
+      if (b.threads[i].state != State::ready) continue;
+      ran = true;
+      self = &b.threads[i];
+      threadIdx = self->index;
+      switch_fiber(b.main, self->fiber);
+      if (!b.error.empty()) break;
+    }
+    if (!ran) b.error = deadlock(b);
+  }
+  tsan_acquire(&b.ended);
+  for (Thread& t : b.threads) end_fiber(t.fiber);
+  block = nullptr;
+  self = nullptr;
+  if (!b.error.empty()) throw Error(b.error);
+}
+
+inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
+  static std::vector<Stack> stacks;
+  while (stacks.size() < threads) stacks.emplace_back();
+  std::unique_ptr<unsigned char, decltype(&std::free)> shared(nullptr, std::free);
+  Block b;
+  if (shared_bytes) {
+    b.shared_bytes = (shared_bytes + 127) / 128 * 128;
+    shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, b.shared_bytes)));
+  }
+  b.shared = shared.get();
+  b.threads.resize(threads);
+  b.warps.resize((threads + 31) / 32);
+  blockDim = size;
+  gridDim = grid;
+  b.kernel = &kernel;
+  b.random.seed(schedule);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        b.index = blockIdx = dim3(x, y, z);
+        run_block(b, stacks);
+      }
+}
+
+}  // namespace emu
+
+inline void __syncthreads() { emu::barrier(); }
+
+inline void __syncwarp(uint32_t mask = ~0u) {
+  int in = 0, out = 0;
+  emu::Warp* w = &emu::block->warps[emu::self->linear >> 5];
+  emu::tsan_release(w);
+  emu::warp_op("__syncwarp", mask, in, out, [](auto, auto) {});
+  emu::tsan_acquire(w);
+}
+
+// Each lane receives what lane source(l) brought, or keeps its own where there is no such lane.
+template <class T, class Source>
+inline T emu_shuffle(const char* op, uint32_t mask, T value, Source source) {
+  T result{};
+  emu::warp_op(op, mask, value, result, [&](const T* const* in, T* const* out) {
+    for (int l = 0; l < 32; ++l) {
+      if (!(mask >> l & 1)) continue;
+      const int from = source(l);
+      const bool outside = from < 0 || from > 31;
+      if (!outside && !(mask >> from & 1)) throw emu::Error(std::string(op) + ": the source lane is not in the mask");
+      *out[l] = *in[outside ? l : from];
+    }
+  });
+  return result;
+}
+
+template <class T>
+inline T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
+  return emu_shuffle("__shfl_xor_sync", mask, value, [lanes](int l) { return l ^ lanes; });
+}
+
+template <class T>
+inline T __shfl_down_sync(uint32_t mask, T value, unsigned lanes) {
+  return emu_shuffle("__shfl_down_sync", mask, value, [lanes](int l) { return l + static_cast<int>(lanes); });
+}
+
+template <class T>
+inline T __shfl_sync(uint32_t mask, T value, int lane) {
+  return emu_shuffle("__shfl_sync", mask, value, [lane](int) { return lane & 31; });
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+  uint32_t result = 0;
+  emu::warp_op("__ballot_sync", mask, predicate, result, [&](const int* const* in, uint32_t* const* out) {
+    uint32_t bits = 0;
+    for (int l = 0; l < 32; ++l)
+      if ((mask >> l & 1) && *in[l]) bits |= 1u << l;
+    for (int l = 0; l < 32; ++l)
+      if (mask >> l & 1) *out[l] = bits;
+  });
+  return result;
+}
+
+// Threads give way at barriers and warp operations alone, so a plain read, change and write is atomic.
+template <class T>
+inline T atomicAdd(T* at, T value) {
+  emu::tsan_acquire(at);
+  emu::Unseen unseen;
+  const T old = *at;
+  *at = old + value;
+  return old;
+}
+
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+
+inline float __fmaf_rn(float a, float b, float c) { return a * b + c; }
