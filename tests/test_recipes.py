@@ -10,12 +10,16 @@ import torch
 from exeunt import ExitStats, confidence, policies, recipes, states
 from exeunt.heads import ExitHead, ExitHeads, Probe
 
-HERE = policies.Position(5, 100)
+HERE = policies.At(0, 3, 1, policies.Position(5, 100))
 
 
 def point(logits=None, hidden=None, previous=None, head=None):
     stats = None if logits is None else ExitStats.from_logits(torch.tensor(logits))
     return confidence.ExitPoint(hidden, previous, head or ExitHead(), stats)
+
+
+def leaves(policy, scores):
+    return policy.step({}, policies.Evidence(scores), HERE)
 
 
 def test_measures_on_two_logits_three_to_one():
@@ -37,7 +41,7 @@ def test_flagged_rows_never_leave():
     for name, low in (("max_prob", 0.0), ("margin", 0.0), ("neg_entropy", -math.inf)):
         scores = confidence.measure(name).score(p)
         assert torch.isnan(scores).all()
-        assert not policies.Threshold(low).exits(scores, HERE).any()
+        assert not leaves(policies.Threshold(low), scores).any()
 
 
 def test_saturation_is_the_cosine_of_output_and_input():
@@ -60,8 +64,8 @@ def test_probe_reads_the_exit_state():
 
 def test_threshold_reaches_and_nan_stays():
     scores = torch.tensor([0.5, 0.49999, math.nan, 1.0])
-    assert policies.Threshold(0.5).exits(scores, HERE).tolist() == [True, False, False, True]
-    assert not policies.Threshold(math.inf).exits(torch.tensor([1.0]), HERE).any()
+    assert leaves(policies.Threshold(0.5), scores).tolist() == [True, False, False, True]
+    assert not leaves(policies.Threshold(math.inf), torch.tensor([1.0])).any()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_decay_as_the_paper_writes_it(t, expected):
 def test_decay_is_clipped_and_leaves_never_alone():
     assert policies.Decay(0.0)(1.0, policies.Position(3, 10)) == 1.0
     policy = policies.Threshold(math.inf, policies.Decay(4.0))
-    assert not policy.exits(torch.tensor([1.0]), policies.Position(3, None)).any()
+    assert not leaves(policy, torch.tensor([1.0])).any()
 
 
 def test_calm_is_a_composition():
