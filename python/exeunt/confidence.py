@@ -95,7 +95,10 @@ def _saturation(point: ExitPoint) -> Tensor:
 def _probe(point: ExitPoint) -> Tensor:
     probe = point.head.probe
     assert probe is not None  # the recipe has checked
-    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
+    if probe.hidden is None:
+        return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
+    inner = {"hidden_weight": probe.hidden.weight, "hidden_bias": probe.hidden.bias, "activation": "relu"}
+    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps, **inner)
 
 
 def _normalized_entropy(point: ExitPoint) -> Tensor:
@@ -127,9 +130,9 @@ def _entropy_unshifted(point: ExitPoint) -> Tensor:
 
 #: Every measure by name. ``max_prob`` (Shallow-Deep Networks, RightTool, EE-LLM), ``margin`` (CALM's softmax response,
 #: FREE), ``logit_margin`` (the same before the softmax, which does not saturate), ``neg_entropy`` (DeeBERT, in nats,
-#: negated), ``neg_normalized_entropy`` (FastBERT: divided by log C), ``saturation`` (CALM: cosine of a layer's output and
-#: input, no head read), ``probe`` (CALM's classifier, BERxiT's learning to exit: a learned map of the exit state, no head
-#: read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first).
+#: negated), ``neg_normalized_entropy`` (FastBERT: divided by log C), ``saturation`` (CALM: cosine of a layer's output
+#: and input, no head read), ``probe`` (CALM's classifier, BERxiT's learning to exit: a learned map of the exit state,
+#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first).
 MEASURES: dict[str, Confidence] = {
     m.name: m
     for m in (
