@@ -5,7 +5,7 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 :func:`exeunt.ops.exit_stats` alone.
 """
 
-from exeunt import calibration, confidence, heads, ops, policies, recipes, reference, states
+from exeunt import calibration, confidence, heads, ops, policies, recipes, reference, replay, states
 from exeunt.attach import Attached, attach
 from exeunt.report import Report
 from exeunt.stats import ExitStats
@@ -24,5 +24,6 @@ __all__ = [
     "policies",
     "recipes",
     "reference",
+    "replay",
     "states",
 ]

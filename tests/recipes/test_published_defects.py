@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from exeunt import ExitStats, calibration, recipes
 from exeunt.confidence import ExitPoint, measure
 from exeunt.heads import ExitHead
 from exeunt.policies import At, Evidence, Patience, Position, Threshold, Vote
-
 
 FIRST = At(0, 0, 3)
 
