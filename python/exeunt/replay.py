@@ -204,6 +204,16 @@ class Recording:
             self.limit, self.costs, self.about,
         )  # fmt: skip
 
+    def only(self, exits: Sequence[int]) -> Recording:
+        """Recording of some of the exits."""
+        c = list(self.columns(tuple(exits)))
+        return Recording(
+            tuple(exits), self.layers, self.classes, self.statistics[:, c], self.predicted[:, c],
+            None if self.logits is None else self.logits[:, c],
+            {name: scores[:, c] for name, scores in self.measures.items()}, self.labels, self.positions, self.limit,
+            None if self.costs is None else tuple(self.costs[k] for k in c), self.about,
+        )  # fmt: skip
+
     @cached_property
     def _statistics(self) -> Tensor:
         return self.statistics.permute(1, 2, 0).contiguous()  # [E + 1, 4, n]: exits are read one after the other
