@@ -2,7 +2,8 @@
 
 from exeunt.evaluation.encoders import runner
 from exeunt.evaluation.planner import Costs, Plan, measure_costs, plan
-from exeunt.evaluation.record import load, record
+from exeunt.evaluation.record import load, of_npz, record
+from exeunt.evaluation.report import report
 from exeunt.evaluation.sweep import baselines, frontier, sweep
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "frontier",
     "load",
     "measure_costs",
+    "of_npz",
     "plan",
     "record",
+    "report",
     "runner",
     "sweep",
 ]

@@ -23,7 +23,7 @@ from exeunt.files import written
 from exeunt.replay import Recording
 from exeunt.training.recording import tracked
 
-__all__ = ["load", "record"]
+__all__ = ["load", "of_npz", "record"]
 
 CHUNK = 512  # rows of a file
 FORMAT = {"format": "exeunt.recording", "version": 1}
@@ -173,6 +173,44 @@ def load(folder: str | os.PathLike[str], *, model: Any = None) -> Recording:
         labels=arrays.pop("labels", None),
         measures={name.removeprefix("measure "): scores for name, scores in arrays.items()},
         about={"model": found["model"], "data": found["data"]},
+    )
+
+
+def of_npz(path: str | os.PathLike[str]) -> Recording:
+    """Recording out of an .npz file that something else wrote.
+
+    Parameters
+    ----------
+    path : path
+        With ``logits`` [n, E + 1, C] and, optionally, ``labels`` [n], ``exits`` [E] and ``layers``.
+
+    Raises
+    ------
+    ValueError
+        One sentence, if it is no such file.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np
+    >>> from exeunt.evaluation import of_npz
+    >>> with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+    ...     np.savez(file.name, logits=np.zeros((5, 3, 2)), exits=[3, 7], layers=12)
+    ...     of_npz(file.name).exits
+    (3, 7)
+    """
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError):
+        arrays = {}
+    if "logits" not in arrays:
+        raise ValueError(f"{path} must be a recording, or an .npz file with logits [n, exits + 1, classes]")
+    exits = arrays.get("exits")
+    return Recording.of_logits(
+        arrays["logits"],
+        exits=None if exits is None else [int(e) for e in exits],
+        layers=int(arrays["layers"]) if "layers" in arrays else None,
+        labels=arrays.get("labels"),
     )
 
 
