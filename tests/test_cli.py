@@ -144,7 +144,7 @@ def test_help_teaches(capsys):
 
 
 def test_no_command_is_refused(capsys):
-    assert "demo | train | info" in refuse([], capsys)
+    assert "demo | train | evaluate | info" in refuse([], capsys)
 
 
 @pytest.mark.real_models

@@ -31,7 +31,10 @@ MEASURES = {
     "saturation": (0.85, "cosine of the last layer's output and input, from -1 to 1; reads no head"),
     "margin": (0.5, "difference of the two largest probabilities, from 0 to 1"),
     "max_prob": (0.6, "largest probability, from 0 to 1"),
+    "logit_margin": (1.0, "difference of the two largest logits, 0 or more"),
     "neg_entropy": (-1.0, "entropy of the probabilities in nats, negated: 0 at most"),
+    "neg_normalized_entropy": (-0.1, "the same divided by the logarithm of the vocabulary, from -1 to 0"),
+    "agreement": (1.0, "1 where the exit before says the same word, else 0; with one exit nothing leaves"),
 }
 
 DEMO = """\
@@ -123,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | evaluate | info")
     raw = argparse.RawDescriptionHelpFormatter
 
-    measures = "\n".join(f"  {name:<12} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
+    measures = "\n".join(f"  {name:<22} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
     demo = commands.add_parser(
         "demo",
         help="generate with and without exits, and show where tokens left",
