@@ -1,9 +1,11 @@
-"""Tiny random encoders of every architecture that exits are tested on, and rows for them."""
+"""Tiny random encoders of every architecture that exits are tested on, rows for them, and what to expect of exits."""
 
 from __future__ import annotations
 
 import torch
 import transformers as T
+
+from exeunt.models import discover_encoder
 
 CLASSES = 3
 COMMON = dict(
@@ -52,3 +54,40 @@ def rows(batch, longest=40, seed=0, shortest=3):
     ids = torch.randint(3, 199, (batch, longest), generator=g)
     mask = (torch.arange(longest) < lengths[:, None]).long()
     return ids, mask, lengths
+
+
+@torch.no_grad()
+def states_of(model, ids, mask):
+    """Output of every layer at full depth, [B, S, D] each, from hooks on the layers of an unattached model."""
+    structure = discover_encoder(model)
+    calls, handles = [], []
+    for layer in dict.fromkeys(structure.layers):
+
+        def entered(module, args, kwargs):
+            calls.append(args[0] if args else next(iter(kwargs.values())))
+
+        handles.append(layer.register_forward_pre_hook(entered, with_kwargs=True))
+    try:
+        out = model(input_ids=ids, attention_mask=mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls[1:], out  # what enters a layer is what left the one before; the last one's is not needed
+
+
+def thresholds(scores, share=0.3):
+    """For each exit a value that some share of the rows reaches, in the middle of a gap between two scores."""
+    values = []
+    for column in scores.T:
+        ordered = column.sort(descending=True).values
+        k = max(1, int(share * len(ordered)))
+        gaps = ordered[k - 1 : k + 4] - ordered[k : k + 5][: len(ordered[k - 1 : k + 4])]
+        at = k - 1 + int(gaps.argmax())
+        values.append(float((ordered[at] + ordered[at + 1]) / 2))
+    return tuple(values)
+
+
+def leaves_at(scores, values):
+    """Index of the first exit whose threshold each row reaches; the number of exits where there is none."""
+    reached = scores >= torch.tensor(values)
+    return torch.where(reached.any(1), reached.int().argmax(1), scores.shape[1])

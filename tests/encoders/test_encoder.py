@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="attach needs transformers")
 
 import exeunt
-from encoder_zoo import CLASSES, ZOO, build, rows
+from encoder_zoo import CLASSES, ZOO, build, leaves_at, rows, states_of, thresholds
 from exeunt.classifier_heads import ClassifierHeads, LinearHead, PoolerHead
 from exeunt.confidence import measure
 from exeunt.policies import Patience, Threshold
@@ -42,25 +42,6 @@ def recipe(heads, value=0.5, name="max_prob", exits=None):
 
 
 @torch.no_grad()
-def states_of(model, ids, mask):
-    """Output of every layer at full depth, [B, S, D] each, from hooks on the layers of an unattached model."""
-    structure = exeunt.models.discover_encoder(model)
-    calls, handles = [], []
-    for layer in dict.fromkeys(structure.layers):
-
-        def entered(module, args, kwargs):
-            calls.append(args[0] if args else next(iter(kwargs.values())))
-
-        handles.append(layer.register_forward_pre_hook(entered, with_kwargs=True))
-    try:
-        out = model(input_ids=ids, attention_mask=mask)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls[1:], out  # what enters a layer is what left the one before; the last one's is not needed
-
-
-@torch.no_grad()
 def exit_logits(model, heads, ids, mask):
     """Logits [B, exits, C] of every exit, row by row and in float32, and the model's own output at full depth."""
     states, out = states_of(model, ids, mask)
@@ -73,24 +54,6 @@ def exit_logits(model, heads, ids, mask):
                 h = torch.tanh(heads[e].pooler(h))
             logits[row, k] = heads[e].out(h)
     return logits, out
-
-
-def thresholds(scores, share=0.3):
-    """For each exit a value that some share of the rows reaches, in the middle of a gap between two scores."""
-    values = []
-    for column in scores.T:
-        ordered = column.sort(descending=True).values
-        k = max(1, int(share * len(ordered)))
-        gaps = ordered[k - 1 : k + 4] - ordered[k : k + 5][: len(ordered[k - 1 : k + 4])]
-        at = k - 1 + int(gaps.argmax())
-        values.append(float((ordered[at] + ordered[at + 1]) / 2))
-    return tuple(values)
-
-
-def leaves_at(scores, values):
-    """Index of the first exit whose threshold each row reaches; the number of exits where there is none."""
-    reached = scores >= torch.tensor(values)
-    return torch.where(reached.any(1), reached.int().argmax(1), scores.shape[1])
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -1,9 +1,4 @@
-"""Exit heads of classifiers and regressors: logits from the states of a text after some layer.
-
-A head reads what it likes of a `View`: the states of all tokens, the mask, and a memory that goes through the layers
-with the row, so that heads can build on the exits before them. All heads end in a linear layer, ``out``, so that logits
-and their statistics come from one fused call (:meth:`ClassifierHead.judge`).
-"""
+"""The exit heads of a model together, and their files."""
 
 from __future__ import annotations
 
@@ -11,164 +6,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from exeunt import files, ops
+from exeunt import files
+from exeunt.classifier_heads.base import ClassifierHead, View, pooled
+from exeunt.classifier_heads.kinds import AttentionHead, LinearHead, PoolerHead
+from exeunt.classifier_heads.meta import MetaProbe
+from exeunt.classifier_heads.past import PastFutureHead, PastMixHead
 from exeunt.heads import ExitHead, ExitHeads, Probe, fingerprint
-from exeunt.stats import ExitStats
 
-__all__ = ["ClassifierHead", "ClassifierHeads", "LinearHead", "PoolerHead", "View"]
+__all__ = ["ClassifierHeads"]
 
 FILE, ABOUT = "exeunt_heads.safetensors", "exeunt_heads.json"
 FORMAT, FORMAT_VERSION = "exeunt.classifier_heads", "1"
-
-
-class View(NamedTuple):
-    """What an exit head sees of n rows.
-
-    Attributes
-    ----------
-    hidden : Tensor
-        [n, S, D] states of all tokens after the layer.
-    mask : Tensor or None
-        [n, S], not 0 where a token counts; None where all do.
-    layer : int
-        0-based.
-    memory : dict of str to Tensor
-        What heads of earlier layers left of these rows, rows first; to be read and added to.
-    """
-
-    hidden: Tensor
-    mask: Tensor | None
-    layer: int
-    memory: dict[str, Tensor]
-
-
-def pooled(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """One state [n, D] for each text: of its first token, or the mean over the tokens that count.
-
-    Examples
-    --------
-    >>> import torch
-    >>> h = torch.tensor([[[1.0], [3.0], [8.0]]])
-    >>> pooled(h, torch.tensor([[1, 1, 0]]), "mean"), pooled(h, None, "first")
-    (tensor([[2.]]), tensor([[1.]]))
-    """
-    if pooling == "first":
-        return hidden[:, 0]
-    if mask is None:
-        return hidden.mean(1)
-    weight = (mask != 0).to(hidden.dtype)
-    return torch.bmm((weight / weight.sum(1, keepdim=True).clamp_min(1))[:, None], hidden)[:, 0]
-
-
-class ClassifierHead(nn.Module):
-    """What the heads have in common.
-
-    Parameters
-    ----------
-    hidden_size : int
-        Size D of the model's hidden states.
-    classes : int
-        Logits C; 1 for a regression.
-    pooling : {"first", "mean"}
-        The state of a text that probes, saturation and most heads read: of the first token, or the mean over tokens.
-    width : int, optional
-        Size of what ``out`` reads; default D.
-    probe : Probe, optional
-        Of this exit's own.
-    """
-
-    translator = None
-    observes = False  # whether the head has to see every layer
-
-    def __init__(
-        self, hidden_size: int, classes: int, pooling: str = "first", *, width: int | None = None,
-        probe: Probe | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        if pooling not in ("first", "mean"):
-            raise ValueError(f"pooling must be 'first' or 'mean', got {pooling!r}")
-        if classes < 1:
-            raise ValueError(f"classes must be 1 or more, got {classes}")
-        self.hidden_size, self.classes, self.pooling = hidden_size, classes, pooling
-        self.out = nn.Linear(width or hidden_size, classes)
-        self.probe = probe
-
-    def options(self) -> dict[str, Any]:
-        """Arguments that build the head again."""
-        return {"hidden_size": self.hidden_size, "classes": self.classes, "pooling": self.pooling}
-
-    def pooled(self, view: View) -> Tensor:
-        """[n, D] states of the texts."""
-        return pooled(view.hidden, view.mask, self.pooling)
-
-    def features(self, view: View) -> Tensor:
-        """What ``out`` reads, [n, width]; differentiable."""
-        raise NotImplementedError
-
-    def forward(self, view: View) -> Tensor:
-        """Logits [n, C]; differentiable."""
-        return self.out(self.features(view))
-
-    def judge(self, view: View) -> tuple[Tensor, ExitStats]:
-        """Logits [n, C] and their statistics, for inference."""
-        features = self.features(view)
-        logits = features.new_empty(features.shape[0], self.classes)
-        stats = ops.exit_stats(features, self.out.weight, head_bias=self.out.bias, logits_out=logits)
-        return logits, stats
-
-
-class LinearHead(ClassifierHead):
-    """One linear layer on the pooled state (SDN, BERxiT, CALM's setting for classifiers).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from exeunt.classifier_heads import LinearHead, View
-    >>> LinearHead(8, 3)(View(torch.randn(2, 5, 8), None, 0, {})).shape
-    torch.Size([2, 3])
-    """
-
-    def features(self, view: View) -> Tensor:
-        """The pooled state."""
-        return self.pooled(view)
-
-
-class PoolerHead(ClassifierHead):
-    """A pooler (D to D, tanh) and a linear layer: DeeBERT's off-ramp; with a shared pooler, PABEE's head.
-
-    Parameters
-    ----------
-    hidden_size, classes, pooling, probe
-        As for all heads.
-    pooler : nn.Linear, optional
-        One that several heads share; by default the head has its own.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from torch import nn
-    >>> from exeunt.classifier_heads import ClassifierHeads, PoolerHead, View
-    >>> shared = nn.Linear(8, 8)
-    >>> heads = ClassifierHeads({layer: PoolerHead(8, 3, pooler=shared) for layer in (0, 1)})
-    >>> heads[0](View(torch.randn(2, 5, 8), None, 0, {})).shape, heads[0].pooler is heads[1].pooler
-    (torch.Size([2, 3]), True)
-    """
-
-    def __init__(
-        self, hidden_size: int, classes: int, pooling: str = "first", *, pooler: nn.Linear | None = None,
-        probe: Probe | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(hidden_size, classes, pooling, probe=probe)
-        self.pooler = nn.Linear(hidden_size, hidden_size) if pooler is None else pooler
-
-    def features(self, view: View) -> Tensor:
-        """The pooler's output."""
-        return torch.tanh(self.pooler(self.pooled(view)))
 
 
 class ClassifierHeads(ExitHeads):
@@ -206,6 +59,7 @@ class ClassifierHeads(ExitHeads):
         first = self[next(iter(self))]
         self.classes, self.pooling = first.classes, first.pooling
         self.observes = any(self[e].observes for e in self)
+        self.remembers = any(self[e].remembers for e in self)
 
     def __getitem__(self, layer: int) -> Any:
         return super().__getitem__(layer)
@@ -308,14 +162,17 @@ class ClassifierHeads(ExitHeads):
         return loaded
 
 
-KINDS = {kind.__name__: kind for kind in (LinearHead, PoolerHead)}
+KINDS = {k.__name__: k for k in (LinearHead, PoolerHead, AttentionHead, PastMixHead, PastFutureHead)}
 
 
 def _described(head: ClassifierHead) -> dict[str, Any]:
     probe = None if head.probe is None else {"hidden_size": head.probe.hidden_size, "eps": head.probe.eps}
-    return {"kind": type(head).__name__, "options": head.options(), "probe": probe}
+    meta = None if head.meta is None else head.meta.options()
+    return {"kind": type(head).__name__, "options": head.options(), "probe": probe, "meta": meta}
 
 
 def _built(parts: dict[str, Any]) -> ClassifierHead:
     probe = None if parts["probe"] is None else Probe(**parts["probe"])
-    return KINDS[parts["kind"]](**parts["options"], probe=probe)
+    head = KINDS[parts["kind"]](**parts["options"], probe=probe)
+    head.meta = None if parts["meta"] is None else MetaProbe(**parts["meta"])
+    return head
