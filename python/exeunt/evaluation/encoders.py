@@ -24,7 +24,7 @@ def runner(
     Parameters
     ----------
     model : nn.Module
-        A stock encoder with a classification head; nothing may be attached to it.
+        An encoder with a classification head, stock or of your own; nothing may be attached to it.
     heads : ClassifierHeads
         Its exit heads.
     tokenizer : callable, optional
@@ -60,10 +60,11 @@ def runner(
             for layer in dict.fromkeys(structure.layers)
         ]
         try:
-            full = model(**inputs).logits
+            out = model(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
+        full = out if isinstance(out, Tensor) else out.logits
         return _exits(heads, entered, inputs.get("attention_mask"), full)
 
     return run
@@ -83,10 +84,13 @@ def _exits(
             heads.observe(view)
         if layer in heads:
             head = heads[layer]
-            z, stats = head.judge(view)
-            logits.append(z.float())
-            point = ExitPoint(head.pooled(view), head.pooled(view._replace(hidden=before)), head, stats)
+            judged = head.judge(view)
+            logits.append(judged.logits.float())
+            state, previous = head.pooled(view), head.pooled(view._replace(hidden=before))
             for name in names:
+                if name == "probe" and head.meta is not None:
+                    state = head.meta.seen(view, judged, (layer + 1) / len(entered))
+                point = ExitPoint(state, previous, head, judged.stats)
                 scores[name].append(measure(name).score(point).float())
     found = {name: torch.stack([*values, nothing], 1) for name, values in scores.items()}
     return torch.stack([*logits, full.float()], 1), found
