@@ -54,8 +54,8 @@ def record_tokens(
     Returns
     -------
     Recording
-        Of R (S - prompt - 1) tokens, with ``saturation`` and, where all exits have one, ``probe``; labels are the words of
-        the text.
+        Of R (S - prompt - 1) tokens, with ``saturation`` and, where all exits have one, ``probe``; labels are the words
+        of the text.
 
     Examples
     --------
