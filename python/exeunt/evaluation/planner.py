@@ -20,6 +20,7 @@ from torch import Tensor
 from exeunt.attach import attach
 from exeunt.confidence import measure
 from exeunt.evaluation.sweep import sweep
+from exeunt.heads import ExitHeads
 from exeunt.policies import Oracle, Threshold
 from exeunt.recipes import Recipe
 from exeunt.replay import Recording, Replay, replay
@@ -118,13 +119,37 @@ def measure_costs(
         Whose measure, exits, state strategy and heads are used; its policy is replaced by thresholds that nothing
         reaches and that everything does.
     step : callable
-        ``step(rows)`` runs the model on that many rows and returns seconds for one step.
+        ``step(rows)`` runs the model on that many rows and returns seconds for one step; of the processor
+        (``time.process_time`` on one thread) where other work shares the machine.
     batch : int
         Rows of a step.
     layers : int
         Of the model.
     repeats : int, default 5
         The kinds of runs take turns so often; medians count.
+
+    Returns
+    -------
+    Costs
+
+    Raises
+    ------
+    ValueError
+        If the recipe has no measure or names no exits.
+
+    Examples
+    --------
+    >>> import time, torch, exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.evaluation import measure_costs
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, eos_token_id=None,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> def step(rows):
+    ...     since = time.perf_counter()
+    ...     model.generate(torch.full((rows, 3), 5), max_new_tokens=4, do_sample=False)
+    ...     return (time.perf_counter() - since) / 4
+    >>> measure_costs(model, exeunt.recipes.calm([1]), step, batch=1, layers=4, repeats=1).stock > 0
+    True
     """
     scored, exits = recipe.confidence, recipe.exits
     if scored is None or not exits:
@@ -147,8 +172,12 @@ def measure_costs(
         timed("never", batch, never)
         for e, all_leave in always.items():
             timed(e, batch, all_leave)
-    took = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
-    stock, check = took["stock"], max((took["never"] - took["stock"]) / len(exits), 0.0)
+    runs = {name: values[1:] for name, values in times.items()}  # the first warms up
+    stock = statistics.median(runs["stock"])
+    # Differences within a turn: what disturbs a machine for a while is in both.
+    beside = {n: [b - a for a, b in zip(runs["stock"], v, strict=True)] for n, v in runs.items()}
+    took = {name: stock + statistics.median(differences) for name, differences in beside.items()}
+    check = max((took["never"] - stock) / len(exits), 0.0)
     first, last = exits[0], exits[-1]
     if first != last:
         layer = (took[last] - took[first]) / (last - first)
@@ -195,6 +224,7 @@ def plan(
     costs: Costs,
     *,
     consistency: float = 0.95,
+    heads: ExitHeads | None = None,
     points: int = 20,
     only: Callable[[str], bool] | None = None,
 ) -> Plan:
@@ -208,6 +238,9 @@ def plan(
         Of the machine at hand.
     consistency : float, default 0.95
         Share of rows that have to answer as full depth does. This is no guarantee: that is what ``calibration`` is for.
+    heads : ExitHeads, optional
+        Exit heads that were recorded: they go into the recipe, which can then be attached. Without them rules that ask
+        a probe are not tried.
     points : int, default 20
         Operating points of a recipe that are tried.
     only : callable, optional
@@ -242,12 +275,14 @@ def plan(
         for curve in sweep(choosing.only(exits), points, only=only).values():
             for tried in curve:
                 ratio = costs.ratio(tried)
-                if tried.consistency >= consistency and (best is None or ratio > best[0]):
+                usable = heads is not None or tried.recipe.measures != "probe"
+                if usable and tried.consistency >= consistency and (best is None or ratio > best[0]):
                     best = ratio, tried
     if best is None:  # nothing is as consistent as that
-        recipe = Recipe(recording.exits, measure("max_prob"), Threshold(math.inf), Drop())
+        recipe = Recipe(recording.exits, measure("max_prob"), Threshold(math.inf), Drop(), heads)
     else:
-        recipe = dataclasses.replace(best[1].recipe, exits=best[1].recipe.exits or best[1].recording.exits)
+        exits = best[1].recipe.exits or best[1].recording.exits
+        recipe = dataclasses.replace(best[1].recipe, exits=exits, heads=heads)
     judged, known = replay(judging, recipe), replay(judging, Recipe(recording.exits, None, Oracle(), Drop()))
     ratio, oracle = costs.ratio(judged), costs.bound(known)
     advised = recipe if ratio > 1 + NOISE else None
