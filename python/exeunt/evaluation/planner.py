@@ -111,6 +111,9 @@ def measure_costs(
 ) -> Costs:
     """Take a model's costs on this machine, from live runs.
 
+    With a single exit, what leaving costs or saves beside the layers (compaction, a read of the head) can't be told
+    from them: it is then part of ``layer``, in whose unit advice speaks of checks. Expected ratios don't depend on it.
+
     Parameters
     ----------
     model : nn.Module
