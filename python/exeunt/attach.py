@@ -22,13 +22,15 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from exeunt.calibration import Calibration
+from exeunt.encoder import AttachedEncoder
 from exeunt.exit_points import ExitPoints
 from exeunt.fill import fill_in
 from exeunt.models import (
@@ -39,11 +41,13 @@ from exeunt.models import (
     LayerFunction,
     Structure,
     discover,
+    encoder_in,
     own_cache,
     spread,
 )
 from exeunt.recipes import Recipe
 from exeunt.report import Report
+from exeunt.states import Drop
 from exeunt.step import Step
 
 if TYPE_CHECKING:
@@ -61,28 +65,42 @@ class _UnderWay(threading.local):
     step: Step | None = None
     full_since: float | None = None
     cache: weakref.ref[Any] | None = None  # of the running generate
+    paused: bool = False
 
 
-def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
-    """Let tokens of a stock decoder, or of an encoder-decoder's decoder, leave early.
+def attach(
+    model: Any,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    buckets: bool = True,
+) -> Any:
+    """Let tokens of a stock decoder (an encoder-decoder's too), or texts of an encoder, leave early.
 
-    ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a batch leaves
-    on its own. Prompts, forwards of several tokens and assisted decoding run at full depth. While nothing leaves, the
-    output is bit-identical to the unattached model.
+    Encoders (BERT and its kind; :mod:`exeunt.encoder`): the recipe brings ``ClassifierHeads``; a text of a batch leaves
+    on its own, and the model returns what it always returns, in the same order.
+
+    Language models: ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a
+    batch leaves on its own. Prompts, forwards of several tokens and assisted decoding run at full depth.
+
+    While nothing leaves, the output is bit-identical to the unattached model.
 
     Parameters
     ----------
     model : nn.Module
-        A transformers model that generates text; ``docs/models.md`` lists families and versions that are tested.
-        Others work if discovery finds their parts.
+        A transformers model that generates text; ``docs/models.md`` lists families and versions that are tested, others
+        work if discovery finds their parts. Or an encoder (bare, or with a classification or regression head), or a
+        module of your own around an encoder.
     recipe : Recipe
         For example ``exeunt.recipes.calm(exits=[8, 12], threshold=0.9)``.
     calibration : Calibration or path, optional
         Its threshold takes the place of the recipe's; everything else has to be as it was calibrated.
+    buckets : bool, default True
+        Encoders: rows of similar length run together once some have left, and padding is not computed.
 
     Returns
     -------
-    Attached
+    Attached or AttachedEncoder
         A context manager; leaving it (or ``detach()``) restores the model.
 
     Raises
@@ -105,6 +123,8 @@ def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.Pa
     >>> early.report().histogram   # the first of the four tokens comes from the prompt's own forward
     {1: 3}
     """
+    if encoder_in(model) is not None:
+        return AttachedEncoder(model, recipe, calibration, buckets=buckets)
     return Attached(model, recipe, calibration)
 
 
@@ -136,12 +156,16 @@ class Attached:
         self._cache, self._limits = cache, limits
         limits.check_model(model)
         self.structure: Structure = discover(model)
+        self.depth = len(self.structure.layers)
+        recipe = recipe.over(self.depth)
         if calibration is not None:
             if not isinstance(calibration, Calibration):
                 calibration = Calibration.load(calibration)
             recipe = calibration.apply(model, recipe)
         self.model, self.recipe, self.calibration = model, recipe, calibration
-        self.depth = len(self.structure.layers)
+        if isinstance(recipe.state, Drop):
+            raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
+        self._state = recipe.state
         self._points = ExitPoints(self.structure, recipe)
         self._weights = KeyValueWeights.find(self.structure)
         self._local = _UnderWay()
@@ -167,6 +191,15 @@ class Attached:
         while self._undo:
             self._undo.pop()()
         _attached.discard(self.model)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run this thread's forwards at full depth inside of the block; generations begun before keep their caches."""
+        before, self._local.paused = self._local.paused, True
+        try:
+            yield
+        finally:
+            self._local.paused = before
 
     def report(self) -> Report:
         """Everything counted since attach or :meth:`reset_report`."""
@@ -270,7 +303,7 @@ class Attached:
         if count != 1 or length == 0:
             state.begin_prompt(length + count)
             return None
-        if state.full_depth:
+        if state.full_depth or local.paused:
             return None
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise RuntimeError("attach: decoding with exits has no gradient: run it under torch.no_grad()")
@@ -295,9 +328,9 @@ class Attached:
     def _layer(self, i: int, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of decoder layer i."""
         stock, local = LayerFunction(module), self._local
-        checks = i in self.recipe.exits
+        checks = i in self._points.heads
         # Layers that a row which runs this one will surely run: what they owe is written together.
-        segment_end = min((e for e in self.recipe.exits if e >= i), default=self.depth - 1) + 1
+        segment_end = min((e for e in self._points.heads if e >= i), default=self.depth - 1) + 1
 
         @functools.wraps(type(module).forward)
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -345,7 +378,7 @@ class Attached:
         rows = sum(len(rows) for _, rows in skipped)
         self._report.fill_ins += rows
         self._report.captures += rows
-        return self.recipe.state.fill(skipped)
+        return self._state.fill(skipped)
 
     def _settle(self, cache: Any, first: int = 0, until: int | None = None) -> None:
         """Write what layers of a cache owe; all of them by default."""
@@ -382,7 +415,7 @@ class Attached:
 
     def _count(self, step: Step) -> None:
         self._local.full_since = None
-        if step.state.pending and (not self.recipe.state.lazy or step.state.waiting > self.recipe.state.limit):
+        if step.state.pending and (not self._state.lazy or step.state.waiting > self._state.limit):
             self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch

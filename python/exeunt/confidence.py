@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from exeunt.stats import ExitStats
 if TYPE_CHECKING:
     from exeunt.heads import ExitHead
 
-__all__ = ["MEASURES", "Confidence", "ExitPoint", "measure"]
+__all__ = ["MEASURES", "UNSHIFTED_ENTROPY", "Confidence", "ExitPoint", "max_prob_at", "measure"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,24 @@ class ExitPoint:
         What the exit has of its own (translator, probe).
     stats : ExitStats or None
         Statistics of the exit's logits, for measures with ``reads_head``.
+    classes : int or None
+        Number of labels (of words, in a language model), for measures that are normalised by it.
+    logits : Tensor or None
+        [n, C] float32, where the host has them anyway (classifiers).
+    exit : int
+        Index among the exits; filled in, as the following, by a recipe whose measure ``remembers``.
+    earlier : Tensor or None
+        [n] int64 labels of the exit before, -1 at the first.
     """
 
     hidden: Tensor
     previous: Tensor
     head: ExitHead
     stats: ExitStats | None
+    classes: int | None = None
+    logits: Tensor | None = None
+    exit: int = 0
+    earlier: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Confidence:
         rows that leave read the head once at the end, and the rows that stay not at all.
     score : callable
         ``score(point: ExitPoint) -> Tensor`` [n] float32; NaN never exits.
+    remembers : bool, default False
+        Whether it reads ``point.exit`` or ``point.earlier``.
 
     Examples
     --------
@@ -69,6 +84,7 @@ class Confidence:
     high: float
     reads_head: bool
     score: Callable[[ExitPoint], Tensor]
+    remembers: bool = False
 
 
 def _stats(point: ExitPoint) -> ExitStats:
@@ -83,22 +99,94 @@ def _saturation(point: ExitPoint) -> Tensor:
 def _probe(point: ExitPoint) -> Tensor:
     probe = point.head.probe
     assert probe is not None  # the recipe has checked
-    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
+    inner = probe.hidden
+    return ops.probe(
+        point.hidden, probe.weight, probe.bias, hidden_weight=None if inner is None else inner.weight,
+        hidden_bias=None if inner is None else inner.bias, norm="rms", eps=probe.eps,
+    )  # fmt: skip
 
 
-#: Every measure by name. ``max_prob`` (BERxiT, EE-LLM and others), ``margin`` (CALM's softmax response, FREE),
-#: ``neg_entropy`` (DeeBERT, in nats, negated), ``saturation`` (CALM: cosine of a layer's output and input, no head
-#: read), ``probe`` (CALM's classifier: a learned linear map of the exit state, no head read).
+def _normalized_entropy(point: ExitPoint) -> Tensor:
+    if point.classes is None:
+        raise ValueError("neg_normalized_entropy: expected the number of classes, got none")
+    return -_stats(point).normalized_entropy(point.classes)
+
+
+def _agreement(point: ExitPoint) -> Tensor:
+    label = _stats(point).argmax
+    assert point.earlier is not None  # `remembers` is set
+    return ((label == point.earlier) & (label >= 0)).float()
+
+
+def _logit_margin(point: ExitPoint) -> Tensor:
+    return _stats(point).top1 - _stats(point).top2
+
+
+def _entropy_unshifted(point: ExitPoint) -> Tensor:
+    """DeeBERT's and BERxiT's formula as their code has it: ``log(sum e^z) - sum(z e^z) / sum(e^z)`` in float32.
+
+    Beyond logits of 88 the sums overflow and the entropy is NaN: the most confident rows never leave.
+    """
+    stats = _stats(point)
+    largest = stats.top1.float().exp()
+    total, weighted = largest * stats.sumexp, largest * (stats.weighted + stats.top1 * stats.sumexp)
+    return weighted / total - total.log()
+
+
+#: Every measure by name. ``max_prob`` (Shallow-Deep Networks, RightTool, EE-LLM), ``margin`` (CALM's softmax response,
+#: FREE), ``logit_margin`` (the same before the softmax, which does not saturate), ``neg_entropy`` (DeeBERT, in nats,
+#: negated), ``neg_normalized_entropy`` (FastBERT: divided by log C), ``saturation`` (CALM: cosine of a layer's output
+#: and input, no head read), ``probe`` (CALM's classifier, BERxiT's learning to exit: a learned map of the exit state,
+#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first).
 MEASURES: dict[str, Confidence] = {
     m.name: m
     for m in (
         Confidence("max_prob", 0.0, 1.0, True, lambda p: _stats(p).max_prob),
         Confidence("margin", 0.0, 1.0, True, lambda p: _stats(p).margin),
+        Confidence("logit_margin", 0.0, float("inf"), True, _logit_margin),
         Confidence("neg_entropy", float("-inf"), 0.0, True, lambda p: -_stats(p).entropy),
+        Confidence("neg_normalized_entropy", -1.0, 0.0, True, _normalized_entropy),
         Confidence("saturation", -1.0, 1.0, False, _saturation),
         Confidence("probe", 0.0, 1.0, False, _probe),
+        Confidence("agreement", 0.0, 1.0, True, _agreement, remembers=True),
     )
 }
+
+#: The entropy of the published code of DeeBERT and BERxiT, for ``as_code=True`` alone: NaN beyond logits of 88.
+UNSHIFTED_ENTROPY = Confidence("neg_entropy as code", float("-inf"), 0.0, True, _entropy_unshifted)
+
+
+def max_prob_at(temperatures: Sequence[float]) -> Confidence:
+    """Largest probability of ``softmax(logits / T)``, with a temperature for each exit (RightTool).
+
+    Parameters
+    ----------
+    temperatures : sequence of float
+        One an exit, larger than 0; from :func:`exeunt.calibration.temperatures`.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from exeunt.confidence import ExitPoint, max_prob_at
+    >>> logits = torch.tensor([[3.0, 0.0]])
+    >>> stats, state = exeunt.ExitStats.from_logits(logits), torch.zeros(1, 8)
+    >>> point = ExitPoint(state, state, exeunt.heads.ExitHead(), stats, classes=2, logits=logits)
+    >>> max_prob_at([1.0]).score(point), max_prob_at([3.0]).score(point)
+    (tensor([0.9526]), tensor([0.7311]))
+    """
+    by_exit = tuple(float(t) for t in temperatures)
+    wrong = [t for t in by_exit if not (math.isfinite(t) and t > 0)]
+    if wrong or not by_exit:
+        raise ValueError(f"temperatures must be finite and larger than 0, one an exit, got {list(by_exit)}")
+
+    def score(point: ExitPoint) -> Tensor:
+        if point.logits is None:
+            raise ValueError("max_prob at a temperature: expected the logits of all classes, got none")
+        if point.exit >= len(by_exit):
+            raise ValueError(f"temperatures must be one for each exit, got {len(by_exit)}")
+        return ExitStats.from_logits(point.logits.float() / by_exit[point.exit]).max_prob
+
+    return Confidence("max_prob", 0.0, 1.0, True, score, remembers=True)
 
 
 def measure(which: str | Confidence) -> Confidence:

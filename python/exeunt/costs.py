@@ -11,7 +11,7 @@ import torch
 
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
-from exeunt.policies import Position
+from exeunt.policies import At, Position
 from exeunt.recipes import Recipe
 
 __all__ = ["Clock", "Costs", "check_seconds"]
@@ -81,14 +81,13 @@ def check_seconds(structure: Structure, recipe: Recipe, rows: int, repeats: int 
     hidden = torch.randn(rows, weight.shape[1]).to(weight)
     shape, dtype = structure.logits_buffer(hidden, rows)
     logits = hidden.new_empty(shape, dtype=dtype)
-    own = recipe.head(recipe.exits[0])
+    exits = recipe.exits or (0,)
+    own, at = recipe.head(exits[0]), At(0, exits[0], len(exits), Position(1, None))
 
     def check() -> None:
-        stats = None
-        if recipe.confidence.reads_head:
-            stats = structure.exit_stats(own.state(hidden), logits_out=logits)
-        scores = recipe.confidence.score(ExitPoint(hidden, hidden, own, stats))
-        bool(recipe.policy.exits(scores, Position(1, None)).any())
+        stats = structure.exit_stats(own.state(hidden), logits_out=logits) if recipe.reads_head else None
+        point = ExitPoint(hidden, hidden, own, stats, weight.shape[0])
+        bool(recipe.look(recipe.start(rows, weight.device, weight.shape[0]), point, at)[0].any())
 
     times = []
     for _ in range(repeats):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from exeunt import ops
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
+from exeunt.policies import At, keep
 from exeunt.recipes import Recipe
 from exeunt.stats import ExitStats
 from exeunt.step import Step
@@ -42,23 +43,28 @@ class ExitPoints:
 
     def __init__(self, structure: Structure, recipe: Recipe) -> None:
         self.structure, self.recipe = structure, recipe
-        self.heads = {e: recipe.head(e) for e in recipe.exits}
+        self.heads = {e: recipe.head(e) for e in recipe.exits or ()}
+        self._index = {e: k for k, e in enumerate(self.heads)}
+        self._readable = structure.form is not None and structure.weight.dtype in ops.DTYPES
         self._spare: Tensor | None = None  # a logits buffer that no caller holds
         self._validate()
 
     def _validate(self) -> None:
         last = len(self.structure.layers) - 2
-        outside = [e for e in self.recipe.exits if not 0 <= e <= last]
+        outside = [e for e in self.heads if not 0 <= e <= last]
         if outside:
             raise ValueError(f"attach: exits must lie in 0..{last} for {last + 2} layers, got {outside}")
-        s, measure = self.structure, self.recipe.confidence
+        s, policy, measures = self.structure, self.recipe.policy, self.recipe.measures
         weight = s.weight
-        if measure.reads_head and weight.dtype not in ops.DTYPES:
+        if policy.answers or policy.needs & {"logits", "truth"}:
+            name = type(policy).__name__
+            raise ValueError(f"attach: expected a policy whose tokens take their exit's own logits, got {name}")
+        if self.recipe.reads_head and weight.dtype not in ops.DTYPES:
             kinds = " or ".join(str(t) for t in ops.DTYPES)
-            raise ValueError(f"attach: {measure.name} reads the head, which must be {kinds}, got {weight.dtype}")
-        if measure.reads_head and s.form is None:
+            raise ValueError(f"attach: {measures} reads the head, which must be {kinds}, got {weight.dtype}")
+        if self.recipe.reads_head and s.form is None:
             raise ValueError(
-                f"attach: {measure.name} reads the head, which must be a product with a [V, D] weight in memory, "
+                f"attach: {measures} reads the head, which must be a product with a [V, D] weight in memory, "
                 f"scaled or capped in a known way, got {type(s.head).__name__} of {type(s.model).__name__}; "
                 "saturation and probe read no head"
             )
@@ -85,15 +91,22 @@ class ExitPoints:
 
         ``before`` and ``after`` are the layer's [B, 1, D] input and output.
         """
-        own = self.heads[i]
+        own, recipe = self.heads[i], self.recipe
+        at = At(self._index[i], i, len(self._index), step.position)
+        if not recipe.policy.looks(at):
+            return
         hidden, previous = after[:, 0], before[:, 0]
-        stats = None
-        if self.recipe.confidence.reads_head:
-            stats = self._head_stats(self._exit_state(own, hidden, step), step)
+        classes, stats = self.structure.weight.shape[0], None
+        if recipe.reads_head:
+            stats = self._read_head(self._exit_state(own, hidden, step), step.rows, step)
+            step.report.checks += 1
         if step.rows is not None:
             hidden, previous = hidden[step.rows], previous[step.rows]
-        scores = self.recipe.confidence.score(ExitPoint(hidden, previous, own, stats))
-        if step.leave(self.recipe.policy.exits(scores, step.position), i):
+        if step.policy is None:
+            step.policy = recipe.start(len(hidden), hidden.device, classes)
+        leave, _ = recipe.look(step.policy, ExitPoint(hidden, previous, own, stats, classes), at)
+        if step.leave(leave, i):
+            step.policy = keep(step.policy, ~leave)
             step.state.exited = True
 
     def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
@@ -102,8 +115,8 @@ class ExitPoints:
             return own.state(hidden)
         return hidden.index_copy(0, step.rows, own.state(hidden[step.rows]))
 
-    def _head_stats(self, state: Tensor, step: Step) -> ExitStats:
-        """Statistics of the exit's logits for the running rows; the logits themselves go to the step's buffer."""
+    def _read_head(self, state: Tensor, rows: Tensor | None, step: Step) -> ExitStats:
+        """Statistics of the logits of some rows; the logits themselves go to the step's buffer."""
         if step.logits is None:
             shape, dtype = self.structure.logits_buffer(state, step.batch)
             spare, self._spare = self._spare, None
@@ -113,9 +126,8 @@ class ExitPoints:
                 and spare.is_inference() == torch.is_inference_mode_enabled()
             )
             step.logits = spare if fits else state.new_empty(shape, dtype=dtype)
-        step.report.checks += 1
         step.report.head_reads += 1
-        return self.structure.exit_stats(state, rows=step.rows, logits_out=step.logits)
+        return self.structure.exit_stats(state, rows=rows, logits_out=step.logits)
 
     # ---- at the end of the step
 
@@ -136,7 +148,10 @@ class ExitPoints:
             step.report.head_reads += 1
             return stock(normed)
         if step.left is not None and step.logits is None:
-            normed = self._translate(normed, step)
+            if self._readable and not step.running:  # no row needs the stock head
+                self._read_head(self._left_states(step), step.left, step)
+            else:
+                normed = self._translate(normed, step)
         if step.logits is None:
             out = normed.new_empty(step.batch, self.structure.weight.shape[0])
         else:
@@ -150,11 +165,24 @@ class ExitPoints:
             step.report.head_reads += 1
         return out[:, None]
 
-    def _translate(self, normed: Tensor, step: Step) -> Tensor:
-        """Normed states with those of rows that left without reading the head taken through their exit's translator."""
+    def _translated(self, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows that left at an exit with a translator, and their [n, D] states behind it."""
         assert step.left is not None and step.hidden is not None
         for layer, own in self.heads.items():
             rows = step.left[step.depth[step.left] == layer]
-            if rows.numel() and own.translator is not None:
-                normed = normed.index_copy(0, rows, self.structure.head_input(own.state(step.hidden[rows])))
+            if own.translator is not None and rows.numel():
+                yield rows, own.state(step.hidden[rows, 0])
+
+    def _left_states(self, step: Step) -> Tensor:
+        """[B, D] states that go into the last norm for rows that left without reading the head."""
+        assert step.hidden is not None
+        states = step.hidden[:, 0]
+        for rows, state in self._translated(step):
+            states = states.index_copy(0, rows, state)
+        return states
+
+    def _translate(self, normed: Tensor, step: Step) -> Tensor:
+        """The same behind the last norm, [B, 1, D], where ``normed`` are the states that the model handed over."""
+        for rows, state in self._translated(step):
+            normed = normed.index_copy(0, rows, self.structure.head_input(state)[:, None])
         return normed

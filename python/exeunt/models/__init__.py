@@ -1,6 +1,7 @@
 """What is known of stock models: their structure, and how to call one of their layers on some of its rows."""
 
 from exeunt.models.discovery import discover
+from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, encoder_in
 from exeunt.models.families import ATTENTION
 from exeunt.models.key_values import KeyValueWeights, rotary_of
 from exeunt.models.layer_call import (
@@ -16,6 +17,22 @@ from exeunt.models.layer_call import (
 from exeunt.models.structure import FinalNorm, HeadForm, Structure
 
 __all__ = [
-    "ATTENTION", "CACHE_KEYWORD", "FinalNorm", "HeadForm", "KeyValueWeights", "KeyValues", "LayerCall", "LayerFunction",
-    "RowTaker", "Structure", "discover", "own_cache", "rotary_of", "spread", "stand_in",
-]  # fmt: skip
+    "ATTENTION",
+    "CACHE_KEYWORD",
+    "EncoderStructure",
+    "FinalNorm",
+    "HeadForm",
+    "KeyValueWeights",
+    "KeyValues",
+    "LayerCall",
+    "LayerFunction",
+    "RowTaker",
+    "Structure",
+    "discover",
+    "discover_encoder",
+    "encoder_in",
+    "own_cache",
+    "rotary_of",
+    "spread",
+    "stand_in",
+]

@@ -1,0 +1,133 @@
+"""What exit heads of classifiers read and have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from exeunt import ops
+from exeunt.heads import Probe
+from exeunt.stats import ExitStats
+
+if TYPE_CHECKING:
+    from exeunt.classifier_heads.meta import MetaProbe
+
+__all__ = ["ClassifierHead", "Judged", "View", "pooled"]
+
+
+class View(NamedTuple):
+    """What an exit head sees of n rows.
+
+    Attributes
+    ----------
+    hidden : Tensor
+        [n, S, D] states of all tokens after the layer.
+    mask : Tensor or None
+        [n, S], not 0 where a token counts; None where all do.
+    layer : int
+        0-based.
+    memory : dict of str to Tensor
+        What heads of earlier layers left of these rows, rows first; to be read and added to.
+    """
+
+    hidden: Tensor
+    mask: Tensor | None
+    layer: int
+    memory: dict[str, Tensor]
+
+
+class Judged(NamedTuple):
+    """What an exit head says of n rows.
+
+    Attributes
+    ----------
+    logits : Tensor
+        [n, C].
+    stats : ExitStats
+        Of the logits.
+    features : Tensor
+        [n, width] what the logits are a linear function of.
+    """
+
+    logits: Tensor
+    stats: ExitStats
+    features: Tensor
+
+
+def pooled(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """One state [n, D] for each text: of its first token, or the mean over the tokens that count.
+
+    Examples
+    --------
+    >>> import torch
+    >>> h = torch.tensor([[[1.0], [3.0], [8.0]]])
+    >>> pooled(h, torch.tensor([[1, 1, 0]]), "mean"), pooled(h, None, "first")
+    (tensor([[2.]]), tensor([[1.]]))
+    """
+    if pooling == "first":
+        return hidden[:, 0]
+    if mask is None:
+        return hidden.mean(1)
+    weight = (mask != 0).to(hidden.dtype)
+    return torch.bmm((weight / weight.sum(1, keepdim=True).clamp_min(1))[:, None], hidden)[:, 0]
+
+
+class ClassifierHead(nn.Module):
+    """What the heads have in common.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Size D of the model's hidden states.
+    classes : int
+        Logits C; 1 for a regression.
+    pooling : {"first", "mean"}
+        The state of a text that probes, saturation and most heads read: of the first token, or the mean over tokens.
+    width : int, optional
+        Size of what ``out`` reads; default D.
+    probe : Probe, optional
+        Of this exit's own.
+    """
+
+    translator = None
+    observes = False  # whether every layer has to be shown to it, not only its own
+    remembers = False  # whether it builds on the exits before, so that none may be left out
+
+    def __init__(
+        self, hidden_size: int, classes: int, pooling: str = "first", *, width: int | None = None,
+        probe: Probe | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if pooling not in ("first", "mean"):
+            raise ValueError(f"pooling must be 'first' or 'mean', got {pooling!r}")
+        if classes < 1:
+            raise ValueError(f"classes must be 1 or more, got {classes}")
+        self.hidden_size, self.classes, self.pooling = hidden_size, classes, pooling
+        self.out = nn.Linear(width or hidden_size, classes)
+        self.probe = probe
+        self.meta: MetaProbe | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments that build the head again."""
+        return {"hidden_size": self.hidden_size, "classes": self.classes, "pooling": self.pooling}
+
+    def pooled(self, view: View) -> Tensor:
+        """[n, D] states of the texts."""
+        return pooled(view.hidden, view.mask, self.pooling)
+
+    def features(self, view: View) -> Tensor:
+        """What ``out`` reads, [n, width]; differentiable."""
+        raise NotImplementedError
+
+    def forward(self, view: View) -> Tensor:
+        """Logits [n, C]; differentiable."""
+        return self.out(self.features(view))
+
+    def judge(self, view: View) -> Judged:
+        """The same and what there is to know of it, for inference."""
+        features = self.features(view)
+        logits = features.new_empty(features.shape[0], self.classes)
+        stats = ops.exit_stats(features, self.out.weight, head_bias=self.out.bias, logits_out=logits)
+        return Judged(logits, stats, features)
