@@ -7,12 +7,15 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 
 from exeunt import calibration, classifier_heads, confidence, heads, ops, policies, recipes, reference, states
 from exeunt.attach import Attached, attach
+from exeunt.cascade import Cascade
+from exeunt.pipeline import pipeline
 from exeunt.report import Report
 from exeunt.stats import ExitStats
 
 __version__ = "0.1.0"
 __all__ = [
     "Attached",
+    "Cascade",
     "ExitStats",
     "Report",
     "__version__",
@@ -22,6 +25,7 @@ __all__ = [
     "confidence",
     "heads",
     "ops",
+    "pipeline",
     "policies",
     "recipes",
     "reference",
