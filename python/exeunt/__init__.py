@@ -5,7 +5,18 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 :func:`exeunt.ops.exit_stats` alone.
 """
 
-from exeunt import calibration, classifier_heads, confidence, heads, ops, policies, recipes, reference, states
+from exeunt import (
+    calibration,
+    classifier_heads,
+    confidence,
+    heads,
+    ops,
+    policies,
+    recipes,
+    reference,
+    replay,
+    states,
+)
 from exeunt.attach import Attached, attach
 from exeunt.cascade import Cascade
 from exeunt.pipeline import pipeline
@@ -29,5 +40,6 @@ __all__ = [
     "policies",
     "recipes",
     "reference",
+    "replay",
     "states",
 ]

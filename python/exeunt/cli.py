@@ -1,4 +1,4 @@
-"""The command line: ``exeunt demo``, ``exeunt train`` and ``exeunt info``."""
+"""The command line: ``exeunt demo``, ``exeunt train``, ``exeunt evaluate`` and ``exeunt info``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ MEASURES = {
     "saturation": (0.85, "cosine of the last layer's output and input, from -1 to 1; reads no head"),
     "margin": (0.5, "difference of the two largest probabilities, from 0 to 1"),
     "max_prob": (0.6, "largest probability, from 0 to 1"),
+    "logit_margin": (1.0, "difference of the two largest logits, 0 or more"),
     "neg_entropy": (-1.0, "entropy of the probabilities in nats, negated: 0 at most"),
+    "neg_normalized_entropy": (-0.1, "the same divided by the logarithm of the vocabulary, from -1 to 0"),
+    "agreement": (1.0, "1 where the exit before says the same word, else 0; with one exit nothing leaves"),
 }
 
 DEMO = """\
@@ -71,6 +74,20 @@ examples:
 """
 
 
+EVALUATE = """\
+Show what every published exit rule would do on one recorded run: quality against speed, how deep rows go, the gap to an
+oracle, and how far each exit's confidence can be believed. Writes index.html, which needs no other file, and PNGs.
+
+A recording is a folder that exeunt.evaluation.record wrote, or an .npz file with logits [n, exits + 1, classes], full
+depth last, and, if you have them, labels [n], exits and layers. Nothing is run but arithmetic.
+"""
+EVALUATE_END = """\
+examples:
+  exeunt evaluate --recording minilm-recording --out report
+  exeunt evaluate --recording logits.npz --out report --consistency 0.99 --points 100
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -106,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("exeunt", description="Early-exit inference for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | evaluate | info")
     raw = argparse.RawDescriptionHelpFormatter
 
-    measures = "\n".join(f"  {name:<12} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
+    measures = "\n".join(f"  {name:<22} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
     demo = commands.add_parser(
         "demo",
         help="generate with and without exits, and show where tokens left",
@@ -148,6 +165,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--bf16", action="store_true", help="compute in bfloat16: half the size, faster on many CPUs")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="of order and dropout (0)")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare every exit rule on one recording",
+        description=EVALUATE,
+        epilog=EVALUATE_END,
+        formatter_class=raw,
+    )
+    evaluate.add_argument("--recording", required=True, type=Path, metavar="PATH", help="a recording, or an .npz file")
+    evaluate.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for the page and its pictures")
+    evaluate.add_argument("--points", type=_positive, default=50, metavar="N", help="operating points of a rule (50)")
+    evaluate.add_argument(
+        "--consistency", type=float, default=0.95, metavar="X", help="compare at so many answers as full depth (0.95)"
+    )
+    evaluate.add_argument("--title", default="Early exit: every rule on one recording", help="of the page")
+    evaluate.set_defaults(run=_evaluate)
 
     what = commands.add_parser("info", help="versions, kernels, threads and devices", description=info.__doc__)
     what.add_argument("--json", action="store_true", help="print JSON")
@@ -243,6 +276,33 @@ def _train(args: argparse.Namespace) -> None:
         name = f"exit {layer}" if int(layer) in heads else "full depth"
         print(f"{name}: perplexity {figures['perplexity']:.2f}, agreement {figures['agreement']:.1%} on held-out text")
     print(f"wrote {args.out / HEADS_FILE}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    with _refusing():
+        for package in ("matplotlib", "rich"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f"this needs {package}: pip install exeunt[demo]")
+        if not 0 < args.consistency <= 1:
+            raise ValueError(f"--consistency must lie in 0..1, larger than 0, got {args.consistency:g}")
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from exeunt.evaluation import load, of_npz, report
+
+        recording = load(args.recording) if args.recording.is_dir() else of_npz(args.recording)
+        errors = Console(stderr=True)
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            task = progress.add_task("Replaying", total=5)
+            page = report(
+                recording,
+                args.out,
+                title=args.title,
+                points=args.points,
+                consistency=args.consistency,
+                advance=lambda part: progress.advance(task),
+            )
+    print(f"wrote {page}")
 
 
 def _text(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exeunt.policies.labels import _same
+from exeunt.policies.labels import agrees
 from exeunt.policies.protocol import At, Evidence, Policy, State
 
 __all__ = ["Accumulate", "Halting"]
@@ -143,7 +143,7 @@ class Accumulate(Policy):
     def step(self, state: State, seen: Evidence, at: At) -> Tensor:
         """True where the sum reaches the threshold."""
         assert seen.score is not None
-        same, weight = _same(state, seen), 1.0 if self.weights is None else self.weights[at.exit]
+        same, weight = agrees(state, seen), 1.0 if self.weights is None else self.weights[at.exit]
         usable = seen.score.isfinite()
         gained = torch.where(usable, weight * seen.score, 0.0)
         state["total"] = torch.where(same & usable, state["total"] + gained, gained)

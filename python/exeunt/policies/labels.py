@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exeunt.policies.protocol import At, Evidence, Policy, State
 
-__all__ = ["Patience", "Vote", "Window"]
+__all__ = ["Patience", "Vote", "Window", "agrees"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Patience(Policy):
     def step(self, state: State, seen: Evidence, at: At) -> Tensor:
         """True where the count reaches the patience."""
         if self.tolerance is None:
-            same = _same(state, seen)
+            same = agrees(state, seen)
         else:
             assert seen.logits is not None
             value = seen.logits[:, 0]
@@ -208,7 +208,7 @@ class Window(Policy):
     def step(self, state: State, seen: Evidence, at: At) -> Tensor:
         """True where the window is full and settled; NaN in it compares False."""
         assert seen.prob is not None
-        old = torch.where(_same(state, seen)[:, None], state["window"][:, 1:], math.nan)
+        old = torch.where(agrees(state, seen)[:, None], state["window"][:, 1:], math.nan)
         window = state["window"] = torch.cat((old, seen.prob[:, None]), 1)
         beyond = window > 0.5 + self.margin
         if self.kind == "monotone":
@@ -219,7 +219,7 @@ class Window(Policy):
         return leave
 
 
-def _same(state: State, seen: Evidence) -> Tensor:
+def agrees(state: State, seen: Evidence) -> Tensor:
     """Whether the label is that of the exit before; notes it for the next."""
     assert seen.label is not None
     same = (seen.label == state["label"]) & (seen.label >= 0)

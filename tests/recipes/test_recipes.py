@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -60,6 +61,39 @@ def test_probe_reads_the_exit_state():
     state = torch.tensor([[3.0, 0.0]])  # rms-normalised to sqrt(2), 0
     got = confidence.measure("probe").score(point(hidden=state, head=head))
     assert float(got.detach()) == pytest.approx(1 / (1 + math.exp(-math.sqrt(2))), abs=1e-5)
+
+
+def test_probe_with_a_hidden_layer_as_the_module_computes_it():
+    torch.manual_seed(0)
+    head = ExitHead(probe=Probe(16, width=8))
+    torch.nn.init.normal_(head.probe.weight)
+    state = torch.randn(5, 16)
+    with torch.no_grad():
+        got = confidence.measure("probe").score(point(hidden=state, head=head))
+        assert torch.allclose(got, head.probe(state), atol=1e-6)
+
+
+def test_measures_that_read_more_than_one_number():
+    p = point([[2.0, 0.5, -1.0], [1.0, 1.0, 1.0], [math.nan, 0.0, 0.0]])
+    assert confidence.measure("logit_margin").score(p)[:2].tolist() == [1.5, 0.0]
+    p = dataclasses.replace(p, classes=3)
+    uniform = confidence.measure("neg_normalized_entropy").score(p)
+    assert uniform[1] == pytest.approx(-1.0) and -1 < uniform[0] < 0 and uniform[2].isnan()
+    p = dataclasses.replace(p, earlier=torch.tensor([0, 1, -1]))  # NaN agrees with nothing, not even with NaN
+    assert confidence.measure("agreement").score(p).tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="expected the number of classes, got none"):
+        confidence.measure("neg_normalized_entropy").score(dataclasses.replace(p, classes=None))
+
+
+def test_agreement_is_carried_by_the_recipe_with_its_rows():
+    recipe = recipes.Recipe(None, confidence.measure("agreement"), policies.Threshold(1.0), states.Drop())
+    state = recipe.start(3)
+    logits = torch.eye(3)
+    leave, _ = recipe.look(state, point(logits.tolist()), policies.At(0, 0, 3))
+    assert not leave.any()  # nothing to agree with yet
+    state = policies.keep(state, torch.tensor([2, 0]))
+    leave, seen = recipe.look(state, point(logits[[2, 1]].tolist()), policies.At(1, 1, 3))
+    assert leave.tolist() == [True, False] and seen.label.tolist() == [2, 1]
 
 
 def test_threshold_reaches_and_nan_stays():
