@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +136,17 @@ def test_difficulty_inversion_score_counts_pairs():
     assert difficulty_inversion_score(confidence, difficulty) == right / pairs
     with pytest.raises(ValueError, match="rows of different difficulty"):
         difficulty_inversion_score(confidence, torch.zeros(60))
+
+
+def test_the_example_in_the_readme(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("<!-- encoder example -->\n```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    model = build("bert")
+    for saved in (model, TOKENIZER):
+        saved.save_pretrained("my-classifier")
+    ClassifierHeads({e: LinearHead(32, CLASSES) for e in range(5)}).save("my-classifier", model.config)
+    loaded = type(model).from_pretrained("my-classifier").eval()
+    exec(compile(code, "README.md", "exec"), {"model": loaded, "texts": texts(3)})
+    said = capsys.readouterr().out
+    assert said.count("'label'") == 3 and "3 rows in 1 forwards, 6 layers" in said
