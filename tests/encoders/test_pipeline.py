@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the pipeline is transformers' own")
@@ -20,7 +21,15 @@ from exeunt.recipes import Recipe
 from exeunt.states import Drop
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{k}" for k in range(190))]
-TOKENIZER = transformers.BertTokenizerFast(vocab={word: k for k, word in enumerate(WORDS)}, model_max_length=80)
+WORD_LEVEL = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: k for k, w in enumerate(WORDS)}, "[UNK]"))
+WORD_LEVEL.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+WORD_LEVEL.post_processor = tokenizers.processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+)
+TOKENIZER = transformers.PreTrainedTokenizerFast(  # a class that old and new transformers build alike
+    tokenizer_object=WORD_LEVEL, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+    model_max_length=80,
+)  # fmt: skip
 
 
 def texts(count, seed=0):
