@@ -18,12 +18,15 @@ from exeunt import (
     states,
 )
 from exeunt.attach import Attached, attach
+from exeunt.cascade import Cascade
+from exeunt.pipeline import pipeline
 from exeunt.report import Report
 from exeunt.stats import ExitStats
 
 __version__ = "0.1.0"
 __all__ = [
     "Attached",
+    "Cascade",
     "ExitStats",
     "Report",
     "__version__",
@@ -33,6 +36,7 @@ __all__ = [
     "confidence",
     "heads",
     "ops",
+    "pipeline",
     "policies",
     "recipes",
     "reference",

@@ -195,6 +195,42 @@ def test_a_users_head_on_a_sentence_encoder():
     assert float((got - full)[stayed].abs().max()) <= CLOSE and float((got - full)[~stayed].abs().min()) > CLOSE
 
 
+class Pairs(MeanClassifier):
+    """Two texts a row: exits would not know which of them a decision is about."""
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask) - super().forward(input_ids.flip(1), attention_mask)
+
+
+class Layered(MeanClassifier):
+    """Logits that no module returns."""
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask) * 2 + 1
+
+
+def test_modules_of_another_build_are_refused():
+    with pytest.raises(ValueError, match="expected Pairs to call its encoder once in a forward, got 2 calls"):
+        exeunt.attach(Pairs(), recipe(heads_for(build("mpnet"), pooling="mean")))
+    with pytest.raises(ValueError, match="logits of Layered to be what one of its modules returns"):
+        exeunt.attach(Layered(), recipe(heads_for(build("mpnet"), pooling="mean")))
+
+
+def test_half_precision():
+    model = build("bert").bfloat16()
+    heads = heads_for(model).bfloat16()
+    ids, mask, _ = rows(9)
+    with torch.no_grad():
+        full = model(input_ids=ids, attention_mask=mask).logits
+        with exeunt.attach(model, recipe(heads, NEVER)):
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, full)
+        with exeunt.attach(model, recipe(heads, 0.5)) as early:
+            got = model(input_ids=ids, attention_mask=mask).logits
+    assert got.dtype == torch.bfloat16 and 0 < early.report().layer_rows < 54
+    stayed = early.report().exit_layers[0] == 5
+    assert torch.allclose(got[stayed], full[stayed], atol=0.05)
+
+
 def test_regression_with_patience():
     model = build("roberta", num_labels=1)
     heads = heads_for(model, classes=1, spread=0.3)

@@ -208,6 +208,7 @@ def _watch(model: Any, encoder: Any, stack: list[nn.Module], batch: int, length:
     """Run rows of which the last one is padded."""
     calls: list[_Call] = []
     outputs: list[tuple[nn.Module, Any]] = []
+    entered: list[nn.Module] = []
 
     def layer_called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden, arguments = named(parameters_of(module), args, kwargs)
@@ -216,8 +217,12 @@ def _watch(model: Any, encoder: Any, stack: list[nn.Module], batch: int, length:
     def called(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append((module, output))
 
+    def encoder_called(module: nn.Module, args: Any) -> None:
+        entered.append(module)
+
     config, within = encoder.config, set(encoder.modules())
     handles = [m.register_forward_hook(layer_called, with_kwargs=True) for m in dict.fromkeys(stack)]
+    handles.append(encoder.register_forward_pre_hook(encoder_called))
     handles += [m.register_forward_hook(called) for m in model.modules() if m is not model and m not in within]
     device = next(encoder.parameters()).device
     ids = torch.full((batch, length), ((getattr(config, "pad_token_id", None) or 0) + 1) % config.vocab_size)
@@ -230,6 +235,8 @@ def _watch(model: Any, encoder: Any, stack: list[nn.Module], batch: int, length:
             for handle in handles:
                 handle.remove()
     name = type(model).__name__
+    if len(entered) != 1:
+        raise ValueError(f"attach: expected {name} to call its encoder once in a forward, got {len(entered)} calls")
     if model is encoder:
         return _Run(calls, first_tensor(out), None)
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
