@@ -193,3 +193,13 @@ def test_without_safetensors_one_sentence_says_what_to_install(heads, tmp_path, 
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"need safetensors: pip install exeunt\[hf\]$"):
         heads.save(tmp_path / "heads", config())
+
+
+def test_one_probe_with_a_hidden_layer_for_all_exits(tmp_path):
+    shared = Probe(64, width=8)
+    nn.init.normal_(shared.weight)
+    heads = ExitHeads({1: ExitHead(probe=shared), 3: ExitHead(probe=shared)}).bfloat16()
+    assert shared.hidden.weight.dtype == torch.float32
+    heads.save(tmp_path / "heads.safetensors", config())
+    loaded, h = ExitHeads.load(tmp_path / "heads.safetensors", config()), torch.randn(3, 64)
+    assert all(torch.equal(loaded[e].probe(h), shared(h)) for e in (1, 3))

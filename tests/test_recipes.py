@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 from exeunt import ExitStats, confidence, policies, recipes, states
 from exeunt.heads import ExitHead, ExitHeads, Probe
 
-HERE = policies.Position(5, 100)
+HERE = policies.At(0, 3, 1, policies.Position(5, 100))
 
 
 def point(logits=None, hidden=None, previous=None, head=None):
     stats = None if logits is None else ExitStats.from_logits(torch.tensor(logits))
     return confidence.ExitPoint(hidden, previous, head or ExitHead(), stats)
+
+
+def leaves(policy, scores):
+    return policy.step({}, policies.Evidence(scores), HERE)
 
 
 def test_measures_on_two_logits_three_to_one():
@@ -37,7 +42,7 @@ def test_flagged_rows_never_leave():
     for name, low in (("max_prob", 0.0), ("margin", 0.0), ("neg_entropy", -math.inf)):
         scores = confidence.measure(name).score(p)
         assert torch.isnan(scores).all()
-        assert not policies.Threshold(low).exits(scores, HERE).any()
+        assert not leaves(policies.Threshold(low), scores).any()
 
 
 def test_saturation_is_the_cosine_of_output_and_input():
@@ -58,10 +63,43 @@ def test_probe_reads_the_exit_state():
     assert float(got.detach()) == pytest.approx(1 / (1 + math.exp(-math.sqrt(2))), abs=1e-5)
 
 
+def test_probe_with_a_hidden_layer_as_the_module_computes_it():
+    torch.manual_seed(0)
+    head = ExitHead(probe=Probe(16, width=8))
+    torch.nn.init.normal_(head.probe.weight)
+    state = torch.randn(5, 16)
+    with torch.no_grad():
+        got = confidence.measure("probe").score(point(hidden=state, head=head))
+        assert torch.allclose(got, head.probe(state), atol=1e-6)
+
+
+def test_measures_that_read_more_than_one_number():
+    p = point([[2.0, 0.5, -1.0], [1.0, 1.0, 1.0], [math.nan, 0.0, 0.0]])
+    assert confidence.measure("logit_margin").score(p)[:2].tolist() == [1.5, 0.0]
+    p = dataclasses.replace(p, classes=3)
+    uniform = confidence.measure("neg_normalized_entropy").score(p)
+    assert uniform[1] == pytest.approx(-1.0) and -1 < uniform[0] < 0 and uniform[2].isnan()
+    p = dataclasses.replace(p, earlier=torch.tensor([0, 1, -1]))  # NaN agrees with nothing, not even with NaN
+    assert confidence.measure("agreement").score(p).tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="expected the number of classes, got none"):
+        confidence.measure("neg_normalized_entropy").score(dataclasses.replace(p, classes=None))
+
+
+def test_agreement_is_carried_by_the_recipe_with_its_rows():
+    recipe = recipes.Recipe(None, confidence.measure("agreement"), policies.Threshold(1.0), states.Drop())
+    state = recipe.start(3)
+    logits = torch.eye(3)
+    leave, _ = recipe.look(state, point(logits.tolist()), policies.At(0, 0, 3))
+    assert not leave.any()  # nothing to agree with yet
+    state = policies.keep(state, torch.tensor([2, 0]))
+    leave, seen = recipe.look(state, point(logits[[2, 1]].tolist()), policies.At(1, 1, 3))
+    assert leave.tolist() == [True, False] and seen.label.tolist() == [2, 1]
+
+
 def test_threshold_reaches_and_nan_stays():
     scores = torch.tensor([0.5, 0.49999, math.nan, 1.0])
-    assert policies.Threshold(0.5).exits(scores, HERE).tolist() == [True, False, False, True]
-    assert not policies.Threshold(math.inf).exits(torch.tensor([1.0]), HERE).any()
+    assert leaves(policies.Threshold(0.5), scores).tolist() == [True, False, False, True]
+    assert not leaves(policies.Threshold(math.inf), torch.tensor([1.0])).any()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +116,7 @@ def test_decay_as_the_paper_writes_it(t, expected):
 def test_decay_is_clipped_and_leaves_never_alone():
     assert policies.Decay(0.0)(1.0, policies.Position(3, 10)) == 1.0
     policy = policies.Threshold(math.inf, policies.Decay(4.0))
-    assert not policy.exits(torch.tensor([1.0]), policies.Position(3, None)).any()
+    assert not leaves(policy, torch.tensor([1.0])).any()
 
 
 def test_calm_is_a_composition():

@@ -32,8 +32,10 @@ from exeunt.calibration import Calibration
 from exeunt.confidence import ExitPoint
 from exeunt.models import KeyValues, LayerCall, Structure, discover
 from exeunt.models.structure import CACHE_KEYWORD
+from exeunt.policies import At, keep
 from exeunt.recipes import Recipe
 from exeunt.report import Report
+from exeunt.states import Drop
 from exeunt.step import Step
 
 if TYPE_CHECKING:
@@ -123,13 +125,18 @@ class Attached:
             raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
         self._cache = cache
         self.structure: Structure = discover(model)
+        self.depth = len(self.structure.layers)
+        recipe = recipe.over(self.depth)
         if calibration is not None:
             if not isinstance(calibration, Calibration):
                 calibration = Calibration.load(calibration)
             recipe = calibration.apply(model, recipe)
         self.model, self.recipe, self.calibration = model, recipe, calibration
-        self.depth = len(self.structure.layers)
-        self._heads = {e: recipe.head(e) for e in recipe.exits}
+        if isinstance(recipe.state, Drop):
+            raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
+        self._state = recipe.state
+        self._heads = {e: recipe.head(e) for e in recipe.exits or ()}
+        self._exit = {e: k for k, e in enumerate(self._heads)}
         self._check_recipe()
         self._local = _UnderWay()
         self._spare: Tensor | None = None  # a logits buffer that no caller holds
@@ -167,14 +174,16 @@ class Attached:
     # ---- putting it on
 
     def _check_recipe(self) -> None:
-        outside = [e for e in self.recipe.exits if not 0 <= e <= self.depth - 2]
+        outside = [e for e in self._heads if not 0 <= e <= self.depth - 2]
         if outside:
             raise ValueError(f"attach: exits must lie in 0..{self.depth - 2} for {self.depth} layers, got {outside}")
-        weight = self.structure.weight
-        if self.recipe.confidence.reads_head and weight.dtype not in ops.DTYPES:
+        weight, policy = self.structure.weight, type(self.recipe.policy).__name__
+        if self.recipe.policy.answers or self.recipe.policy.needs & {"logits", "truth"}:
+            raise ValueError(f"attach: expected a policy whose tokens take their exit's own logits, got {policy}")
+        if self.recipe.reads_head and weight.dtype not in ops.DTYPES:
             kinds = " or ".join(str(t) for t in ops.DTYPES)
             raise ValueError(
-                f"attach: {self.recipe.confidence.name} reads the head, which must be {kinds}, got {weight.dtype}"
+                f"attach: {self.recipe.measures} reads the head, which must be {kinds}, got {weight.dtype}"
             )
         for e, own in self._heads.items():
             for part in (own.translator, own.probe):
@@ -235,7 +244,7 @@ class Attached:
                 cache, self._local.cache = self._local.cache, None
                 self._settle(cache() if cache is not None else None)
 
-        if self.recipe.state.lazy:
+        if self._state.lazy:
             self._set(self.model, "generate", types.MethodType(generate, self.model))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
@@ -294,7 +303,7 @@ class Attached:
         """What stands in for the forward of decoder layer i."""
         stock, local = module.forward, self._local
         names = [name for name in inspect.signature(stock).parameters][1:]
-        checks = i in self.recipe.exits
+        checks = i in self._heads
 
         def forward(this: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if this is not module:  # a deep copy of the model: it runs as if nothing were attached
@@ -329,14 +338,14 @@ class Attached:
             after = after.index_copy(0, rows, call.pick(rows).run(lambda own: layer.append(own, rows)))
         if step.left is not None:
             layer.owe(step.token, call, step.left)
-            if not self.recipe.state.lazy:
+            if not self._state.lazy:
                 layer.settle()
         return after
 
     def _fill(self, skipped: list[tuple[LayerCall, Tensor]]) -> KeyValues:
         """Keys and values of a skipped layer: the state strategy's, counted."""
         self._report.fill_ins += sum(len(rows) for _, rows in skipped)
-        return self.recipe.state.fill(skipped)
+        return self._state.fill(skipped)
 
     def _settle(self, cache: Any) -> None:
         """Write all that is pending in a cache."""
@@ -349,15 +358,21 @@ class Attached:
     @torch.no_grad()
     def _check(self, i: int, step: Step, before: Tensor, after: Tensor) -> None:
         """Score the running rows after layer i and let those go that the policy releases."""
-        own = self._heads[i]
+        own, recipe = self._heads[i], self.recipe
+        at = At(self._exit[i], i, len(self._exit), step.position)
+        if not recipe.policy.looks(at):
+            return
         hidden, previous = after[:, 0], before[:, 0]
-        stats = None
-        if self.recipe.confidence.reads_head:
+        classes, stats = self.structure.weight.shape[0], None
+        if recipe.reads_head:
             stats = self._head_stats(self._exit_state(own, hidden, step), step)
         if step.rows is not None:
             hidden, previous = hidden[step.rows], previous[step.rows]
-        scores = self.recipe.confidence.score(ExitPoint(hidden, previous, own, stats))
-        if step.leave(self.recipe.policy.exits(scores, step.position), i):
+        if step.policy is None:
+            step.policy = recipe.start(len(hidden), hidden.device, classes)
+        leave, _ = recipe.look(step.policy, ExitPoint(hidden, previous, own, stats, classes), at)
+        if step.leave(leave, i):
+            step.policy = keep(step.policy, ~leave)
             step.state.exited = True
 
     def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
@@ -453,7 +468,7 @@ class Attached:
 
     def _count(self, step: Step) -> None:
         self._local.full_since = None
-        if step.state.waiting > self.recipe.state.limit:
+        if step.state.waiting > self._state.limit:
             self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch

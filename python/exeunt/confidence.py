@@ -31,12 +31,21 @@ class ExitPoint:
         What the exit has of its own (translator, probe).
     stats : ExitStats or None
         Statistics of the exit's logits, for measures with ``reads_head``.
+    classes : int or None
+        Number of labels (of words, in a language model), for measures that are normalised by it.
+    logits : Tensor or None
+        [n, C] float32, where the host has them anyway (classifiers).
+    earlier : Tensor or None
+        [n] int64 labels of the exit before, -1 at the first: filled in for measures that ``remember``.
     """
 
     hidden: Tensor
     previous: Tensor
     head: ExitHead
     stats: ExitStats | None
+    classes: int | None = None
+    logits: Tensor | None = None
+    earlier: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Confidence:
         rows that leave read the head once at the end, and the rows that stay not at all.
     score : callable
         ``score(point: ExitPoint) -> Tensor`` [n] float32; NaN never exits.
+    remembers : bool, default False
+        Whether it compares with the exit before (``point.earlier``).
 
     Examples
     --------
@@ -69,6 +80,7 @@ class Confidence:
     high: float
     reads_head: bool
     score: Callable[[ExitPoint], Tensor]
+    remembers: bool = False
 
 
 def _stats(point: ExitPoint) -> ExitStats:
@@ -83,22 +95,60 @@ def _saturation(point: ExitPoint) -> Tensor:
 def _probe(point: ExitPoint) -> Tensor:
     probe = point.head.probe
     assert probe is not None  # the recipe has checked
-    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
+    if probe.hidden is None:
+        return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
+    inner = {"hidden_weight": probe.hidden.weight, "hidden_bias": probe.hidden.bias, "activation": "relu"}
+    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps, **inner)
 
 
-#: Every measure by name. ``max_prob`` (BERxiT, EE-LLM and others), ``margin`` (CALM's softmax response, FREE),
-#: ``neg_entropy`` (DeeBERT, in nats, negated), ``saturation`` (CALM: cosine of a layer's output and input, no head
-#: read), ``probe`` (CALM's classifier: a learned linear map of the exit state, no head read).
+def _normalized_entropy(point: ExitPoint) -> Tensor:
+    if point.classes is None:
+        raise ValueError("neg_normalized_entropy: expected the number of classes, got none")
+    return -_stats(point).normalized_entropy(point.classes)
+
+
+def _agreement(point: ExitPoint) -> Tensor:
+    label = _stats(point).argmax
+    assert point.earlier is not None  # `remembers` is set
+    return ((label == point.earlier) & (label >= 0)).float()
+
+
+def _logit_margin(point: ExitPoint) -> Tensor:
+    return _stats(point).top1 - _stats(point).top2
+
+
+def _entropy_unshifted(point: ExitPoint) -> Tensor:
+    """DeeBERT's and BERxiT's formula as their code has it: ``log(sum e^z) - sum(z e^z) / sum(e^z)`` in float32.
+
+    Beyond logits of 88 the sums overflow and the entropy is NaN: the most confident rows never leave.
+    """
+    stats = _stats(point)
+    largest = stats.top1.float().exp()
+    total, weighted = largest * stats.sumexp, largest * (stats.weighted + stats.top1 * stats.sumexp)
+    return weighted / total - total.log()
+
+
+#: Every measure by name. ``max_prob`` (Shallow-Deep Networks, RightTool, EE-LLM), ``margin`` (CALM's softmax response,
+#: FREE), ``logit_margin`` (the same before the softmax, which does not saturate), ``neg_entropy`` (DeeBERT, in nats,
+#: negated), ``neg_normalized_entropy`` (FastBERT: divided by log C), ``saturation`` (CALM: cosine of a layer's output
+#: and input, no head read), ``probe`` (CALM's classifier, BERxiT's learning to exit: a learned map of the exit state,
+#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first).
 MEASURES: dict[str, Confidence] = {
     m.name: m
     for m in (
         Confidence("max_prob", 0.0, 1.0, True, lambda p: _stats(p).max_prob),
         Confidence("margin", 0.0, 1.0, True, lambda p: _stats(p).margin),
+        Confidence("logit_margin", 0.0, float("inf"), True, _logit_margin),
         Confidence("neg_entropy", float("-inf"), 0.0, True, lambda p: -_stats(p).entropy),
+        Confidence("neg_normalized_entropy", -1.0, 0.0, True, _normalized_entropy),
         Confidence("saturation", -1.0, 1.0, False, _saturation),
         Confidence("probe", 0.0, 1.0, False, _probe),
+        Confidence("agreement", 0.0, 1.0, True, _agreement, remembers=True),
     )
 }
+
+#: The entropy of the published code of DeeBERT and BERxiT, for ``as_code=True`` alone: NaN beyond logits of 88.
+UNSHIFTED_ENTROPY = Confidence("neg_entropy as code", float("-inf"), 0.0, True, _entropy_unshifted)
 
 
 def measure(which: str | Confidence) -> Confidence:

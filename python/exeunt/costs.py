@@ -12,7 +12,7 @@ import torch
 from exeunt import ops
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
-from exeunt.policies import Position
+from exeunt.policies import At, Position
 from exeunt.recipes import Recipe
 
 __all__ = ["Clock", "Costs", "check_seconds"]
@@ -81,19 +81,20 @@ def check_seconds(structure: Structure, recipe: Recipe, rows: int, repeats: int 
     weight, norm = structure.weight.detach(), structure.final_norm
     hidden = torch.randn(rows, weight.shape[1]).to(weight)
     logits = hidden.new_empty(rows, weight.shape[0])
-    own = recipe.head(recipe.exits[0])
+    exits = recipe.exits or (0,)
+    own, at = recipe.head(exits[0]), At(0, exits[0], len(exits), Position(1, None))
 
     def check() -> None:
         stats = None
-        if recipe.confidence.reads_head:
+        if recipe.reads_head:
             state = own.state(hidden)
             if norm is None:
                 stats = ops.exit_stats(structure.normalise(state), weight, logits_out=logits)
             else:
                 stats = ops.exit_stats(state, weight, norm=norm.kind, norm_weight=norm.weight, norm_bias=norm.bias,
                                        eps=norm.eps, logits_out=logits)  # fmt: skip
-        scores = recipe.confidence.score(ExitPoint(hidden, hidden, own, stats))
-        bool(recipe.policy.exits(scores, Position(1, None)).any())
+        point = ExitPoint(hidden, hidden, own, stats, weight.shape[0])
+        bool(recipe.look(recipe.start(rows, weight.device, weight.shape[0]), point, at)[0].any())
 
     times = []
     for _ in range(repeats):

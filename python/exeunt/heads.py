@@ -74,7 +74,7 @@ class Translator(nn.Module):
 
 
 class Probe(nn.Module):
-    """Linear probe for the probability that the exit's token is the full-depth token.
+    """Probe for the probability that the exit's token (or label) is that of full depth: linear, or with a hidden layer.
 
     Reads the raw exit state, before any translator: a decision costs no pass over the vocabulary. Input is a
     float tensor of shape [..., D], output a float32 tensor of shape [...]; a fresh probe answers 0.5.
@@ -96,11 +96,13 @@ class Probe(nn.Module):
     tensor([0.5000, 0.5000, 0.5000], grad_fn=<SigmoidBackward0>)
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-6, width: int | None = None) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+        self.width = width
+        self.hidden = None if width is None else nn.Linear(hidden_size, width, dtype=torch.float32)
+        self.weight = nn.Parameter(torch.zeros(width or hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -109,7 +111,8 @@ class Probe(nn.Module):
 
     def logit(self, h: Tensor) -> Tensor:
         """Log-odds for each state in `h`."""
-        return rms_normalized(h, self.eps) @ self.weight + self.bias
+        x = rms_normalized(h, self.eps)
+        return (x if self.hidden is None else F.relu(self.hidden(x))) @ self.weight + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Probe:
         # `.to()`, `.half()` and `.cuda()` of any module around this one end here: follow the device only.
@@ -153,7 +156,7 @@ class ExitHead(nn.Module):
 # What it takes to build each part of an ExitHead again; stored in saved files.
 _PARTS: dict[str, tuple[type, tuple[str, ...]]] = {
     "translator": (Translator, ("hidden_size", "width", "eps")),
-    "probe": (Probe, ("hidden_size", "eps")),
+    "probe": (Probe, ("hidden_size", "eps", "width")),
 }
 
 
@@ -216,7 +219,8 @@ class ExitHeads(nn.Module):
             "heads": json.dumps({str(layer): _structure(self[layer]) for layer in self}),
             "metadata": json.dumps(self.metadata),
         }
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self._heads.state_dict().items()}
+        # Copies, since the format knows no tensor that several exits share.
+        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in self._heads.state_dict().items()}
         files.write(path, safetensors.torch.save(tensors, metadata))
 
     @classmethod

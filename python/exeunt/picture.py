@@ -44,7 +44,7 @@ def colour(depth: int, layers: int) -> str:
 def legend(outcome: Outcome) -> list[tuple[int, str]]:
     """Layers that can have run for a token, and what to call that."""
     found, layers = outcome.depths, outcome.layers
-    depths = [e + 1 for e in outcome.recipe.exits] + [layers]
+    depths = [e + 1 for e in outcome.recipe.exits or ()] + [layers]
     names = [f"left after {d} of {layers} layers" if d < layers else f"all {layers} layers" for d in depths]
     return [(d, f"{name}: {found.count(d)} of {len(found)} tokens") for d, name in zip(depths, names, strict=True)]
 

@@ -8,7 +8,19 @@ from torch import Tensor
 
 from exeunt.models import KeyValues, LayerCall
 
-__all__ = ["Propagate"]
+__all__ = ["Drop", "Propagate"]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Nothing: skipped layers never see the row again, as in an encoder whose rows leave whole.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> exeunt.states.Drop()
+    Drop()
+    """
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from exeunt.report import FINISHED
 
 if TYPE_CHECKING:
     from exeunt.cache import GenerationState, Token
+    from exeunt.policies import State
 
 __all__ = ["Step"]
 
@@ -52,6 +53,7 @@ class Step:
         self.rows: Tensor | None = None
         self.left: Tensor | None = None
         self.ended: Tensor | None = None
+        self.policy: State | None = None  # what the policy remembers of the running rows, from the first check on
         self.logits: Tensor | None = None  # [B, V] once a check wrote some: then every row that left has its own
         self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
         self.started = time.perf_counter()

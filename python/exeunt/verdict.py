@@ -34,7 +34,7 @@ def expected_gain(outcome: Outcome) -> float:
     """Gain in speed by arithmetic: what tokens that left saved, minus checks; one row at a time."""
     costs, step = outcome.costs, _step(outcome)
     saved = (outcome.layers - outcome.layers_per_token) * costs.layer
-    if outcome.recipe.confidence.reads_head:  # a token that leaves takes the check's logits along
+    if outcome.recipe.reads_head:  # a token that leaves takes the check's logits along
         saved += outcome.left * costs.head
     return step / (step - saved + costs.check) - 1
 
@@ -48,7 +48,7 @@ def verdict(outcome: Outcome) -> list[str]:
     if len(outcome.depths) == len(outcome.answers):
         return ["The first token comes from the prompt's own forward and there was no second: no token could leave."]
     layers, costs, recipe = outcome.layers, outcome.costs, outcome.recipe
-    reads, first = recipe.confidence.reads_head, recipe.exits[0]
+    reads, first = recipe.reads_head, (recipe.exits or (0,))[0]
     skipped = layers - 1 - first
     head = outcome.structure.weight.numel()
     layer = sum(p.numel() for p in outcome.structure.layers[0].parameters())
@@ -62,7 +62,7 @@ def verdict(outcome: Outcome) -> list[str]:
         f"One read of this model's head costs {head / layer:.1f} layers in bytes ({head / 1e6:.1f} million weights "
         f"against {layer / 1e6:.1f}) and {costs.head / costs.layer:.1f} in time, and an exit after {first + 1} of "
         f"{layers} layers saves {skipped}.",
-        f"A check by {recipe.confidence.name} reads {'the' if reads else 'no'} head and costs "
+        f"A check by {recipe.measures} reads {'the' if reads else 'no'} head and costs "
         f"{costs.check / costs.layer:.2f} layers: by that alone it pays if more than {needed:.{int(needed < 0.1)}%} of "
         f"the tokens leave{' (they take its logits along)' if reads else ''}.",
         f"Even if every token left there and skipped layers cost nothing more, the gain would be {best:.0%}: a read of "

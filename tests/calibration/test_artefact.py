@@ -121,11 +121,12 @@ def test_a_calibration_of_something_else_is_refused(model, tmp_path):
         with_heads.apply(model, recipe(heads=heads(1)))
 
 
-def test_other_thresholds_at_each_exit_are_refused_by_attach(model):
+def test_each_exit_gets_its_own_threshold(model):
     made = calibration(model, np.array([0.5, 0.75], dtype=np.float32))
     assert made.thresholds == {1: 0.5, 2: 0.75}
-    with pytest.raises(ValueError, match=r"one threshold for all exits, the calibration has \{1: 0.5, 2: 0.75\}"):
-        exeunt.attach(model, recipe(), calibration=made)
+    assert made.apply(model, recipe()).policy.value == (0.5, 0.75)
+    with exeunt.attach(model, recipe(), calibration=made) as early:
+        assert early.recipe.policy == exeunt.policies.Threshold((0.5, 0.75))
 
 
 @pytest.mark.parametrize("thresholds", [[0.5], {1: 0.5}, {1: 0.5, 3: 0.5}, math.nan])

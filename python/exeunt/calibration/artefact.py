@@ -16,6 +16,7 @@ from typing import Any
 from exeunt import files
 from exeunt.calibration import fingerprints
 from exeunt.calibration.contract import Contract
+from exeunt.policies import Threshold
 from exeunt.recipes import Recipe
 
 __all__ = ["Calibration"]
@@ -59,7 +60,7 @@ class Calibration:
     ...     Calibration.of(model, recipe, 0.83, contract, data=["first prompt", "second prompt"]).save(path)
     ...     with exeunt.attach(model, recipe, calibration=path) as early:
     ...         print(early.recipe.policy)
-    Threshold(value=0.83, decay=None)
+    Threshold(value=0.83, ...)
     """
 
     thresholds: dict[int, float]
@@ -94,15 +95,20 @@ class Calibration:
         data : iterable
             Calibration units: texts, bytes or token ids.
         """
+        exits = recipe.exits
+        if exits is None:
+            raise ValueError(
+                "the recipe must name its exits, or be taken over a model's layers (Recipe.over), got none"
+            )
         if isinstance(thresholds, Mapping):
             by_exit = {int(layer): float(value) for layer, value in thresholds.items()}
         elif isinstance(thresholds, Iterable):
             thresholds = [float(value) for value in thresholds]
-            by_exit = dict(zip(recipe.exits, thresholds, strict=False)) if len(thresholds) == len(recipe.exits) else {}
+            by_exit = dict(zip(exits, thresholds, strict=False)) if len(thresholds) == len(exits) else {}
         else:
-            by_exit = dict.fromkeys(recipe.exits, float(thresholds))
-        if tuple(sorted(by_exit)) != recipe.exits or any(math.isnan(value) for value in by_exit.values()):
-            raise ValueError(f"thresholds must be a number for each exit of {list(recipe.exits)}, got {thresholds}")
+            by_exit = dict.fromkeys(exits, float(thresholds))
+        if tuple(sorted(by_exit)) != exits or any(math.isnan(value) for value in by_exit.values()):
+            raise ValueError(f"thresholds must be a number for each exit of {list(exits)}, got {thresholds}")
         return cls(
             thresholds=by_exit,
             contract=contract,
@@ -165,24 +171,31 @@ class Calibration:
             if differing:
                 fields = "; ".join(f"{name} {own.get(name)}, got {given.get(name)}" for name in differing)
                 raise ValueError(f"the calibration belongs to another {what}: expected {fields}")
-        values = set(self.thresholds.values())
-        if len(values) > 1:
-            raise ValueError(f"attach takes one threshold for all exits, the calibration has {self.thresholds}")
-        value, measure = values.pop(), recipe.confidence
-        value = math.inf if value > measure.high else max(value, measure.low)  # what no score reaches; what each does
-        return dataclasses.replace(recipe, policy=dataclasses.replace(recipe.policy, value=value))
+        measure, policy = recipe.confidence, recipe.policy
+        if measure is None or not isinstance(policy, Threshold):
+            raise ValueError(f"a calibration has thresholds: expected a Threshold policy, got {recipe.policy}")
+        values = tuple(  # what no score reaches; what each does
+            math.inf if value > measure.high else max(value, measure.low)
+            for _, value in sorted(self.thresholds.items())
+        )
+        value = values[0] if len(set(values)) == 1 else values
+        return dataclasses.replace(recipe, policy=dataclasses.replace(policy, value=value))
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
     """Everything but threshold and heads, as JSON has it."""
-    decay = recipe.policy.decay
-    return {
-        "exits": list(recipe.exits),
-        "confidence": recipe.confidence.name,
-        "policy": type(recipe.policy).__name__,
+    policy = recipe.policy
+    decay = getattr(policy, "decay", None)
+    described = {
+        "exits": list(recipe.exits or ()),
+        "confidence": recipe.measures,
+        "policy": type(policy).__name__,
         "decay": None if decay is None else [decay.tau, decay.length],
         "state": type(recipe.state).__name__,
     }
+    own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.name not in ("value", "decay")}
+    defaults = {f.name: f.default for f in dataclasses.fields(policy)}
+    return described | {name: value for name, value in own.items() if value != defaults[name]}
 
 
 def _digest(recipe: Recipe) -> str | None:
