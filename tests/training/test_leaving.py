@@ -1,11 +1,14 @@
 """Training with tokens that leave: the formula, and that what is trained is what runs."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 import exeunt
+from exeunt.policies import Policy
 from exeunt.training import PASSED, SAID, CrossEntropy, Distillation, Leaving, Objective
 from exeunt.training.leaving import margins
 
@@ -83,20 +86,14 @@ class Forced(LogitsProcessor):
         return torch.full_like(scores, -float("inf")).scatter_(1, self.text[:, ids.shape[1], None], 0.0)
 
 
-class Given:
-    """A policy that lets the t-th decoded token leave after a given layer."""
+@dataclass(frozen=True)
+class Given(Policy):
+    """Let the t-th decoded token leave after a given layer."""
 
-    def __init__(self, left):
-        self.left, self.seen, self.step = left, 0, 0
+    left: tuple[int, ...]
 
-    def check(self, *_):
-        pass
-
-    def exits(self, scores, at):
-        if at.produced != self.step:
-            self.step, self.seen = at.produced, 0
-        self.seen += 1
-        return torch.tensor([EXITS[self.seen - 1] >= self.left[self.step - 1]])
+    def step(self, state, seen, at):
+        return torch.tensor([at.layer >= self.left[at.position.produced - 1]])
 
 
 @torch.no_grad()
@@ -109,8 +106,7 @@ def test_what_is_trained_is_what_runs(lazy):
     left = torch.tensor([[LAYERS - 1] * prompt + decoded])
     module = leaving(model, Distillation())
     said = module.student(text[:, :-1], left, module.depths(text[:, :-1]))[SAID].state
-    recipe = exeunt.recipes.calm(EXITS, 0.5, lazy=lazy)
-    object.__setattr__(recipe, "policy", Given(decoded))
+    recipe = replace(exeunt.recipes.calm(EXITS, 0.5, lazy=lazy), policy=Given(tuple(decoded)))
     with exeunt.attach(model, recipe) as early:
         out = model.generate(text[:, :prompt], attention_mask=torch.ones(1, prompt), do_sample=False, pad_token_id=0,
                              max_new_tokens=12 - prompt, logits_processor=[Forced(text)], output_logits=True,
@@ -129,7 +125,7 @@ def test_tokens_leave_at_the_first_open_exit_that_is_sure():
     torch.manual_seed(3)
     left = module.draw(teacher, ids.shape)
     torch.manual_seed(3)
-    open_, threshold, stays = torch.rand(64, 2) < 0.5, torch.rand(64), torch.rand(64) < 0.25
+    open_, threshold, stays = torch.rand(64, 2) < 0.5, torch.rand(64) ** 3, torch.rand(64) < 0.25
     sure = [margins(teacher[e]).view(64, 9) for e in EXITS]
     for b in range(64):
         for t in range(9):

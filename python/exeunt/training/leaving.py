@@ -89,12 +89,16 @@ class Leaving(Joint):
         last = max(teacher)
         device = teacher[last].state.device
         open_ = torch.rand(shape[0], len(self.exits), device=device) < 0.5
-        threshold = torch.rand(shape[0], 1, device=device)
-        stays = torch.rand(shape[0], 1, device=device) < STAY
+        threshold = torch.rand(shape[0], 1, device=device) ** 3  # half of them below 1/8, where most tokens leave
+        open_ &= torch.rand(shape[0], 1, device=device) >= STAY
         left = torch.full(tuple(shape), last, device=device)
         for k, exit in reversed(list(enumerate(self.exits))):  # of several that would do, the first counts
-            goes = margins(teacher[exit]).view(*shape) >= threshold
-            left = torch.where(goes & open_[:, k, None] & ~stays, exit, left)
+            rows = open_[:, k].nonzero()[:, 0]
+            if len(rows):
+                depth = teacher[exit]
+                state = depth.state.view(*shape, -1)[rows].flatten(0, 1)
+                goes = margins(depth._replace(state=state)).view(len(rows), -1) >= threshold[rows]
+                left[rows] = torch.where(goes, exit, left[rows])
         return left
 
     def student(self, ids: Tensor, left: Tensor, teacher: dict[int, Depth]) -> dict[int, Depth]:
