@@ -21,7 +21,8 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,7 @@ class _UnderWay(threading.local):
     step: Step | None = None
     full_since: float | None = None
     cache: weakref.ref[Any] | None = None  # of the running generate
+    paused: bool = False
 
 
 def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
@@ -162,6 +164,15 @@ class Attached:
         while self._undo:
             self._undo.pop()()
         _attached.discard(self.model)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run this thread's forwards at full depth inside of the block; generations begun before keep their caches."""
+        before, self._local.paused = self._local.paused, True
+        try:
+            yield
+        finally:
+            self._local.paused = before
 
     def report(self) -> Report:
         """Everything counted since attach or :meth:`reset_report`."""
@@ -280,7 +291,7 @@ class Attached:
         if count != 1 or length == 0:
             state.begin_prompt(length + count)
             return None
-        if state.full_depth:
+        if state.full_depth or local.paused:
             return None
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
         local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device)

@@ -21,7 +21,7 @@ from exeunt.calibration._checks import Array
 from exeunt.policies import Threshold
 from exeunt.recipes import Recipe
 
-__all__ = ["RISKS", "Live", "live_losses", "units"]
+__all__ = ["RISKS", "Live", "compared", "live_losses", "units", "until_end"]
 
 RISKS = {
     "next-token": "share of a text's tokens after which another one than at full depth would be said",
@@ -174,13 +174,14 @@ def live_losses(
                 early += say(model, part, prompt)
                 advance(len(part))
             layers.append(on.report().layers_per_token)
-        losses.append(_compared(risk, early, full, tokenizer))
+        losses.append(compared(risk, early, full, tokenizer))
         if ended(np.stack(losses)):
             break
     return Live(np.stack(losses), layers)
 
 
-def _compared(risk: str, early: list[list[int]], full: list[list[int]], tokenizer: Any) -> Array:
+def compared(risk: str, early: list[list[int]], full: list[list[int]], tokenizer: Any) -> Array:
+    """[n] losses of what was said early against what was said at full depth, rows of ids."""
     if risk in ("next-token", "token"):
         return risks.token_disagreement(early, full)
     words = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in (early, full)]
@@ -207,12 +208,20 @@ def _would_say(model: Any, texts: Tensor, prompt: int) -> list[list[int]]:
 
 
 def _says(model: Any, texts: Tensor, prompt: int) -> list[list[int]]:
-    """What is generated greedily, up to and with the token that ends it."""
-    ends = model.generation_config.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    """What is generated greedily."""
+    return until_end(_generate(model, texts, prompt)[:, prompt:], model.generation_config.eos_token_id)
+
+
+def until_end(ids: Tensor, ends: int | list[int] | None) -> list[list[int]]:
+    """Rows of [B, S] up to and with the token that ends them.
+
+    >>> until_end(torch.tensor([[5, 0, 7], [5, 6, 7]]), 0)
+    [[5, 0], [5, 6, 7]]
+    """
+    stops = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     rows = []
-    for row in _generate(model, texts, prompt)[:, prompt:].tolist():
-        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+    for row in ids.tolist():
+        stop = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         rows.append(row[:stop])
     return rows
 
