@@ -17,8 +17,8 @@ from exeunt import heads
 __all__ = ["of_data", "of_model", "of_weights", "refuse_overlap", "refuse_trained", "sketch"]
 
 SAMPLES = 64  # of each parameter
-PHRASE = 24  # tokens
-KEPT = 256  # one phrase of so many
+PHRASE = 12  # tokens
+KEPT = 128  # one phrase of so many
 
 
 def of_weights(module: nn.Module) -> str:
@@ -106,8 +106,8 @@ def refuse_overlap(calibration: Iterable[Any], training: Iterable[Any]) -> None:
 def sketch(tokens: ArrayLike) -> str:
     """What a training set leaves behind, so that later data can be held against it: digests of a sample of its phrases.
 
-    Every run of 24 tokens is hashed, and one in 256 kept, chosen by the hash itself: the same phrases in any text.
-    About 16 bytes for a thousand tokens.
+    Every run of 12 tokens is hashed, and one in 128 kept, chosen by the hash itself: the same phrases in any text.
+    About 42 bytes for a thousand tokens.
 
     Parameters
     ----------
