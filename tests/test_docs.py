@@ -6,6 +6,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,9 @@ def test_readme_example_runs(capsys):
     exec(compile(code, "README.md", "exec"), {})
     said = capsys.readouterr().out
     assert "The capital of France is" in said and "decoding steps, 30 layers" in said
+
+
+def test_the_page_of_systems_is_current():
+    script = Path(__file__).parents[1] / "docs" / "make_systems.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

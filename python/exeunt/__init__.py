@@ -5,7 +5,18 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 :func:`exeunt.ops.exit_stats` alone.
 """
 
-from exeunt import calibration, confidence, heads, ops, policies, recipes, reference, states
+from exeunt import (
+    calibration,
+    classifier_heads,
+    confidence,
+    heads,
+    ops,
+    policies,
+    recipes,
+    reference,
+    replay,
+    states,
+)
 from exeunt.attach import Attached, attach
 from exeunt.report import Report
 from exeunt.stats import ExitStats
@@ -18,11 +29,13 @@ __all__ = [
     "__version__",
     "attach",
     "calibration",
+    "classifier_heads",
     "confidence",
     "heads",
     "ops",
     "policies",
     "recipes",
     "reference",
+    "replay",
     "states",
 ]

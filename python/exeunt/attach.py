@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from exeunt import ops
 from exeunt.calibration import Calibration
 from exeunt.confidence import ExitPoint
-from exeunt.models import KeyValues, LayerCall, Structure, discover
+from exeunt.encoder import AttachedEncoder
+from exeunt.models import KeyValues, LayerCall, Structure, discover, encoder_in
 from exeunt.models.structure import CACHE_KEYWORD
 from exeunt.policies import At, keep
 from exeunt.recipes import Recipe
@@ -58,25 +59,38 @@ class _UnderWay(threading.local):
     paused: bool = False
 
 
-def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.PathLike[str] | None = None) -> Attached:
-    """Let tokens of a stock causal language model leave early.
+def attach(
+    model: Any,
+    recipe: Recipe,
+    *,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    buckets: bool = True,
+) -> Any:
+    """Let tokens of a stock causal language model, or texts of an encoder, leave early.
 
-    ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a batch leaves
-    on its own. Prompts, forwards of several tokens and assisted decoding run at full depth. While nothing leaves, the
-    output is bit-identical to the unattached model.
+    Encoders (BERT and its kind; :mod:`exeunt.encoder`): the recipe brings ``ClassifierHeads``; a text of a batch leaves
+    on its own, and the model returns what it always returns, in the same order.
+
+    Language models: ``model.generate`` (greedy, sampling, beams, streamers, processors) works as before; every row of a
+    batch leaves on its own. Prompts, forwards of several tokens and assisted decoding run at full depth.
+
+    While nothing leaves, the output is bit-identical to the unattached model.
 
     Parameters
     ----------
     model : nn.Module
-        A transformers causal language model of the Llama family.
+        A transformers causal language model of the Llama family, an encoder (bare, or with a classification or
+        regression head), or a module of your own around an encoder.
     recipe : Recipe
         For example ``exeunt.recipes.calm(exits=[8, 12], threshold=0.9)``.
     calibration : Calibration or path, optional
         Its threshold takes the place of the recipe's; everything else has to be as it was calibrated.
+    buckets : bool, default True
+        Encoders: rows of similar length run together once some have left, and padding is not computed.
 
     Returns
     -------
-    Attached
+    Attached or AttachedEncoder
         A context manager; leaving it (or ``detach()``) restores the model.
 
     Raises
@@ -98,6 +112,8 @@ def attach(model: Any, recipe: Recipe, *, calibration: Calibration | str | os.Pa
     >>> early.report().histogram   # the first of the four tokens comes from the prompt's own forward
     {1: 3}
     """
+    if encoder_in(model) is not None:
+        return AttachedEncoder(model, recipe, calibration, buckets=buckets)
     return Attached(model, recipe, calibration)
 
 

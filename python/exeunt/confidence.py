@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from exeunt.stats import ExitStats
 if TYPE_CHECKING:
     from exeunt.heads import ExitHead
 
-__all__ = ["MEASURES", "Confidence", "ExitPoint", "measure"]
+__all__ = ["MEASURES", "UNSHIFTED_ENTROPY", "Confidence", "ExitPoint", "max_prob_at", "measure"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class ExitPoint:
         Number of labels (of words, in a language model), for measures that are normalised by it.
     logits : Tensor or None
         [n, C] float32, where the host has them anyway (classifiers).
+    exit : int
+        Index among the exits; filled in, as the following, by a recipe whose measure ``remembers``.
     earlier : Tensor or None
-        [n] int64 labels of the exit before, -1 at the first: filled in for measures that ``remember``.
+        [n] int64 labels of the exit before, -1 at the first.
     """
 
     hidden: Tensor
@@ -45,6 +48,7 @@ class ExitPoint:
     stats: ExitStats | None
     classes: int | None = None
     logits: Tensor | None = None
+    exit: int = 0
     earlier: Tensor | None = None
 
 
@@ -64,7 +68,7 @@ class Confidence:
     score : callable
         ``score(point: ExitPoint) -> Tensor`` [n] float32; NaN never exits.
     remembers : bool, default False
-        Whether it compares with the exit before (``point.earlier``).
+        Whether it reads ``point.exit`` or ``point.earlier``.
 
     Examples
     --------
@@ -95,10 +99,11 @@ def _saturation(point: ExitPoint) -> Tensor:
 def _probe(point: ExitPoint) -> Tensor:
     probe = point.head.probe
     assert probe is not None  # the recipe has checked
-    if probe.hidden is None:
-        return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps)
-    inner = {"hidden_weight": probe.hidden.weight, "hidden_bias": probe.hidden.bias, "activation": "relu"}
-    return ops.probe(point.hidden, probe.weight, probe.bias, norm="rms", eps=probe.eps, **inner)
+    inner = probe.hidden
+    return ops.probe(
+        point.hidden, probe.weight, probe.bias, hidden_weight=None if inner is None else inner.weight,
+        hidden_bias=None if inner is None else inner.bias, norm="rms", eps=probe.eps,
+    )  # fmt: skip
 
 
 def _normalized_entropy(point: ExitPoint) -> Tensor:
@@ -149,6 +154,39 @@ MEASURES: dict[str, Confidence] = {
 
 #: The entropy of the published code of DeeBERT and BERxiT, for ``as_code=True`` alone: NaN beyond logits of 88.
 UNSHIFTED_ENTROPY = Confidence("neg_entropy as code", float("-inf"), 0.0, True, _entropy_unshifted)
+
+
+def max_prob_at(temperatures: Sequence[float]) -> Confidence:
+    """Largest probability of ``softmax(logits / T)``, with a temperature for each exit (RightTool).
+
+    Parameters
+    ----------
+    temperatures : sequence of float
+        One an exit, larger than 0; from :func:`exeunt.calibration.temperatures`.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from exeunt.confidence import ExitPoint, max_prob_at
+    >>> logits = torch.tensor([[3.0, 0.0]])
+    >>> stats, state = exeunt.ExitStats.from_logits(logits), torch.zeros(1, 8)
+    >>> point = ExitPoint(state, state, exeunt.heads.ExitHead(), stats, classes=2, logits=logits)
+    >>> max_prob_at([1.0]).score(point), max_prob_at([3.0]).score(point)
+    (tensor([0.9526]), tensor([0.7311]))
+    """
+    by_exit = tuple(float(t) for t in temperatures)
+    wrong = [t for t in by_exit if not (math.isfinite(t) and t > 0)]
+    if wrong or not by_exit:
+        raise ValueError(f"temperatures must be finite and larger than 0, one an exit, got {list(by_exit)}")
+
+    def score(point: ExitPoint) -> Tensor:
+        if point.logits is None:
+            raise ValueError("max_prob at a temperature: expected the logits of all classes, got none")
+        if point.exit >= len(by_exit):
+            raise ValueError(f"temperatures must be one for each exit, got {len(by_exit)}")
+        return ExitStats.from_logits(point.logits.float() / by_exit[point.exit]).max_prob
+
+    return Confidence("max_prob", 0.0, 1.0, True, score, remembers=True)
 
 
 def measure(which: str | Confidence) -> Confidence:

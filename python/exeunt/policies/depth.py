@@ -85,6 +85,11 @@ class FixedDepth(Policy):
         """Nothing."""
         return frozenset()
 
+    @property
+    def positional(self) -> bool:
+        """Whether the depth follows a schedule."""
+        return isinstance(self.depth, Falling)
+
     def start(self, rows: int, device: torch.device | str | None = None, classes: int | None = None) -> State:
         """A count of the rows, for want of anything else that has them as its first dimension."""
         return {"rows": torch.zeros(rows, dtype=torch.bool, device=device)}

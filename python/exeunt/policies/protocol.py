@@ -111,6 +111,11 @@ class Policy:
         """Whether :meth:`answer` differs from the exit's own; then ``step`` is also called at full depth."""
         return False
 
+    @property
+    def positional(self) -> bool:
+        """Whether ``step`` reads ``at.position``."""
+        return False
+
     def check(self, low: float, high: float, measure: str, exits: int | None = None) -> None:
         """Raise ValueError, in one sentence, unless the policy can use a measure with the range low..high.
 
@@ -207,6 +212,11 @@ class FirstOf(Policy):
     def needs(self) -> frozenset[str]:
         """What any of them reads."""
         return frozenset().union(*(p.needs for p in self.policies))
+
+    @property
+    def positional(self) -> bool:
+        """Whether one of them reads the position."""
+        return any(p.positional for p in self.policies)
 
     def check(self, low: float, high: float, measure: str, exits: int | None = None) -> None:
         """Each has to be able to use the measure."""

@@ -110,6 +110,11 @@ class Threshold(Policy):
         """Whether rows that stayed answer with their most confident exit."""
         return self.fallback == "most_confident"
 
+    @property
+    def positional(self) -> bool:
+        """Whether it decays."""
+        return self.decay is not None
+
     def check(self, low: float, high: float, measure: str, exits: int | None = None) -> None:
         """Raise ValueError unless every threshold lies in the measure's range, and there is one for each exit."""
         values = self.value if isinstance(self.value, tuple) else (self.value,)

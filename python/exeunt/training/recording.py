@@ -137,7 +137,7 @@ def record(
             unfinished.write_text(json.dumps(about))
 
     starts = [k for k in range(0, len(rows), CHUNK) if not _chunk(folder, k // CHUNK).exists()]
-    for start in _track(starts, "Recording", progress and bool(starts)):
+    for start in tracked(starts, "Recording", progress and bool(starts)):
         ids = torch.from_numpy(rows[start : start + CHUNK, :-1].astype(np.int64)).to(weight.device)
         states = torch.cat([_states(model, structure, exits, part) for part in ids.split(batch)])
         plain = states.view(torch.int16) if states.dtype == torch.bfloat16 else states
@@ -157,7 +157,8 @@ def _chunk(folder: Path, k: int) -> Path:
     return folder / f"states-{k:05d}.npy"
 
 
-def _track(things: list[int], title: str, progress: bool) -> Iterable[int]:
+def tracked(things: list[int], title: str, progress: bool) -> Iterable[int]:
+    """The things, with a progress bar on a terminal."""
     if not progress:
         return things
     from rich.console import Console

@@ -1,21 +1,20 @@
-"""Recipes: one function per published system, a composition of the four concepts and nothing else."""
+"""What a recipe is: the four concepts together."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from exeunt.confidence import Confidence, ExitPoint, measure
+from exeunt.confidence import Confidence, ExitPoint
 from exeunt.heads import ExitHead, ExitHeads
-from exeunt.policies import At, Decay, Evidence, Policy, State, Threshold
+from exeunt.policies import At, Evidence, Policy, State
 from exeunt.states import Drop, Propagate
 
-__all__ = ["Recipe", "calm"]
+__all__ = ["Recipe"]
 
 
 @dataclass(frozen=True)
@@ -123,62 +122,10 @@ class Recipe:
             assert self.confidence is not None  # checked when the recipe was made
             if self.confidence.remembers:
                 assert stats is not None
-                point = dataclasses.replace(point, earlier=state["earlier label"])
+                point = dataclasses.replace(point, exit=at.exit, earlier=state["earlier label"])
                 state["earlier label"] = stats.argmax
             score = self.confidence.score(point)
         label = None if stats is None else stats.argmax
         prob = stats.max_prob if stats is not None and "prob" in needs else None
         seen = Evidence(score, label, prob, point.logits)
         return self.policy.step(state, seen, at), seen
-
-
-def calm(
-    exits: Iterable[int] | None = None,
-    threshold: float = 0.9,
-    *,
-    confidence: str | Confidence = "margin",
-    decay: float | None = None,
-    length: int | None = None,
-    heads: ExitHeads | None = None,
-    lazy: bool = False,
-) -> Recipe:
-    """Confident Adaptive Language Modeling (Schuster et al., NeurIPS 2022).
-
-    A token leaves at the first exit whose confidence reaches the threshold; skipped layers get keys and values from
-    its exit state.
-
-    Parameters
-    ----------
-    exits : iterable of int, optional
-        Layers after which a token may leave, 0-based; by default those of ``heads``.
-    threshold : float, default 0.9
-        In the range of the measure; ``math.inf`` never exits.
-    confidence : str or Confidence, default "margin"
-        ``margin`` is the paper's softmax response, ``saturation`` its hidden-state saturation, ``probe`` its early-exit
-        classifier; ``max_prob`` and ``neg_entropy`` work as well.
-    decay : float, optional
-        The paper's tau (4 there) of the decaying threshold; by default the threshold is constant.
-    length : int, optional
-        N of the decay; by default the most new tokens that ``generate`` allows.
-    heads : ExitHeads, optional
-        Trained exit heads.
-    lazy : bool, default False
-        Fill in skipped layers only when a later token attends there (:class:`exeunt.states.Propagate`).
-
-    Returns
-    -------
-    Recipe
-
-    Examples
-    --------
-    >>> import exeunt
-    >>> recipe = exeunt.recipes.calm(exits=[8, 12, 16], threshold=0.9)
-    >>> recipe.exits, recipe.confidence.name
-    ((8, 12, 16), 'margin')
-    """
-    if exits is None:
-        if heads is None:
-            raise ValueError("calm: give exits, or heads that have them, got neither")
-        exits = heads
-    policy = Threshold(threshold, None if decay is None else Decay(decay, length))
-    return Recipe(tuple(sorted(exits)), measure(confidence), policy, Propagate(lazy), heads)

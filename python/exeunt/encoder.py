@@ -1,0 +1,483 @@
+"""The plug for encoders: rows of a batch leave between layers, each on its own.
+
+What is replaced, on instances only: ``forward`` of each encoder layer, and of the module that makes the logits. Beside
+that a hook before the encoder notes the mask of the batch, and one after it counts. Embeddings, masks, layers,
+poolers, losses and the type of the output stay the model's own.
+
+One forward, seen from above::
+
+    layer 0 .. e   all rows        stock forward, unchanged arguments
+    exit e         check           exit head -> score -> policy; rows that leave keep their state and their logits
+    layer e+1 ..   staying rows    stock forward on these rows, cut to their own length, in buckets of similar length
+    last layer     all rows        back in their places, those that left with the state of their exit
+    logits         staying rows    the model's own; rows that left return those of their exit head
+
+A layer hands on a tensor of the batch's shape that is not looked at: the rows that still run are kept here. So what
+was traced holds (:mod:`exeunt.models.encoder_structure`): between two layers the model does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exeunt import buckets, ops
+from exeunt.calibration import Calibration
+from exeunt.classifier_heads import ClassifierHeads, View
+from exeunt.confidence import ExitPoint
+from exeunt.heads import ExitHead
+from exeunt.models.encoder_structure import Layout, discover_encoder, first_tensor, named, parameters_of
+from exeunt.policies import At, Evidence, State, keep
+from exeunt.recipes import Recipe
+from exeunt.row_report import RowReport
+from exeunt.stats import ExitStats
+
+__all__ = ["AttachedEncoder"]
+
+_attached: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class _UnderWay(threading.local):
+    """What a thread is in the middle of; a forward stays on its thread."""
+
+    running: Forward | None = None
+    ended: Forward | None = None  # whose logits are still to come
+
+
+class Group:
+    """Rows that run together: where they belong, what they are, and what is remembered of them.
+
+    Attributes
+    ----------
+    rows : Tensor or None
+        [n] int64 places in the batch; None for all of it.
+    hidden, previous : Tensor
+        [n, S', D] output and input of the last layer that ran; S' is the length of the longest of these rows.
+    mask : Tensor or None
+        [n, S'].
+    memory : dict of str to Tensor
+        What exit heads remember, rows first.
+    state : dict of str to Tensor
+        What the policy remembers, rows first.
+    """
+
+    def __init__(
+        self, rows: Tensor | None, hidden: Tensor, mask: Tensor | None, memory: dict[str, Tensor], state: State
+    ) -> None:
+        self.rows, self.hidden, self.previous, self.mask = rows, hidden, hidden, mask
+        self.memory, self.state = memory, state
+        self._picked: dict[int, tuple[Any, Any]] = {}  # by the id of what was picked from, which is kept beside it
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def take(self, rows: Tensor, length: int) -> Group:
+        """Some of the rows, cut to a length."""
+        hidden = self.hidden.narrow(1, 0, length).index_select(0, rows)
+        mask = None if self.mask is None else self.mask.narrow(1, 0, length).index_select(0, rows)
+        places = rows if self.rows is None else self.rows[rows]
+        return Group(places, hidden, mask, keep(self.memory, rows), keep(self.state, rows))
+
+    def pick(self, arguments: dict[str, Any], layout: Layout, whole: tuple[int, int]) -> dict[str, Any]:
+        """The arguments of a layer for these rows; what the model hands to all of its layers is picked once."""
+        own = {}
+        for name, value in arguments.items():
+            if id(value) not in self._picked:
+                picked = layout.pick((name,), value, self.rows, self.hidden.shape[1], whole)
+                self._picked[id(value)] = (picked, value)
+            own[name] = self._picked[id(value)][0]
+        return own
+
+
+class Forward:
+    """One forward of the encoder: which rows still run, which left where, and what they took along.
+
+    Attributes
+    ----------
+    mask : Tensor or None
+        [B, S] of the batch.
+    next : int
+        The layer that is called next.
+    groups : list of Group
+        Rows that run; empty once all have left.
+    depth : Tensor
+        [B] int64, the layer after which each row left.
+    logits : Tensor
+        [B, C] of rows that left, zeros for the others; not there while none has.
+    final : Tensor or None
+        [B, S, D] states of rows that left, in their places; None while none has.
+    """
+
+    depth: Tensor
+    logits: Tensor
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = mask
+        self.next = self.layer_rows = self.layer_tokens = self.checks = 0
+        self.size = (0, 0)  # rows and tokens
+        self.returned = 0  # how many things a layer returns beside the tensor, if it returns a tuple
+        self.groups: list[Group] = []
+        self.final: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.started = time.perf_counter()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row of the batch still runs."""
+        return self.final is None
+
+    def leave(self, group: Group, rows: Tensor | None, logits: Tensor, layer: int) -> None:
+        """Rows of a group (None: all) stop after a layer."""
+        if self.final is None:
+            self.final = group.hidden if rows is None else group.hidden.clone()
+            self.logits = logits.new_zeros(self.size[0], logits.shape[1])
+            if rows is None:
+                self.depth.fill_(layer)
+                self.logits = logits
+                return
+            places = rows
+        else:
+            hidden = group.hidden if rows is None else group.hidden.index_select(0, rows)
+            assert group.rows is not None
+            places = group.rows if rows is None else group.rows[rows]
+            self.place(places, hidden)
+        self.depth.index_fill_(0, places, layer)
+        self.logits.index_copy_(0, places, logits)
+
+    def place(self, places: Tensor, hidden: Tensor) -> None:
+        """Put states [n, S', D] where they belong in the batch."""
+        assert self.final is not None
+        self.final.narrow(1, 0, hidden.shape[1]).index_copy_(0, places, hidden)
+
+
+class AttachedEncoder:
+    """Exits on an encoder: made by :func:`exeunt.attach`, undone by :meth:`detach` or by leaving the ``with`` block.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    recipe : Recipe
+        What decides.
+    structure : EncoderStructure
+        What was found of the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        recipe: Recipe,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+        *,
+        buckets: bool = True,
+    ) -> None:
+        if model in _attached:
+            raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
+        self.structure = discover_encoder(model)
+        if calibration is not None:
+            if not isinstance(calibration, Calibration):
+                calibration = Calibration.load(calibration)
+            recipe = calibration.apply(model if hasattr(model, "config") else self.structure.encoder, recipe)
+        self.depth = len(self.structure.layers)
+        self.model, self.recipe = model, recipe.over(self.depth)
+        self._buckets = buckets
+        self._check_recipe()
+        self._local = _UnderWay()
+        self._undo: list[Callable[[], None]] = []
+        self.reset_report()
+        try:
+            self._install()
+        except BaseException:
+            self.detach()
+            raise
+        _attached.add(model)
+
+    def __enter__(self) -> AttachedEncoder:
+        """Return itself; the exits are already on."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def detach(self) -> None:
+        """Restore the model; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        _attached.discard(self.model)
+
+    def report(self) -> RowReport:
+        """Everything counted since attach or :meth:`reset_report`."""
+        return self._report
+
+    def reset_report(self) -> None:
+        """Start counting anew."""
+        self._report = RowReport(layers=self.depth)
+
+    # ---- putting it on
+
+    def _check_recipe(self) -> None:
+        s, recipe = self.structure, self.recipe
+        exits = recipe.exits or ()
+        outside = [e for e in exits if not s.first_exit <= e <= self.depth - 2]
+        if outside:
+            raise ValueError(
+                f"attach: exits must lie in {s.first_exit}..{self.depth - 2} for {self.depth} layers, got {outside}"
+            )
+        if not isinstance(recipe.heads, ClassifierHeads):
+            got = "none" if recipe.heads is None else type(recipe.heads).__name__
+            raise ValueError(f"attach: expected a recipe with ClassifierHeads for an encoder, got {got}")
+        bare = [e for e in exits if e not in recipe.heads]
+        if bare:
+            raise ValueError(f"attach: expected an exit head at every exit, got none at {bare}")
+        classes = {recipe.heads[e].classes for e in exits}
+        if s.classes is not None and classes != {s.classes}:
+            raise ValueError(
+                f"attach: expected exit heads of {s.classes} labels like the model, got {', '.join(map(str, classes))}"
+            )
+        measure = recipe.confidence
+        if min(classes) < 2 and measure is not None and measure.reads_head:
+            raise ValueError(
+                f"attach: {measure.name} needs two labels or more, got a regression: use a probe, or patience"
+            )
+        width = s.encoder.config.hidden_size
+        parameter = next(s.encoder.parameters())
+        for e in exits:
+            head = recipe.heads[e]
+            if head.hidden_size != width:
+                raise ValueError(f"attach: expected exit heads of width {width}, got {head.hidden_size} at exit {e}")
+            got_kind = (head.out.weight.dtype, head.out.weight.device)
+            if got_kind != (parameter.dtype, parameter.device):
+                raise ValueError(
+                    f"attach: exit heads must be {parameter.dtype} on {parameter.device} like the model, "
+                    f"got {got_kind[0]} on {got_kind[1]}: call heads.to(...)"
+                )
+        self._heads: ClassifierHeads = recipe.heads
+        self._exits = {layer: k for k, layer in enumerate(exits)}
+
+    def _install(self) -> None:
+        s = self.structure
+        for layer in dict.fromkeys(s.layers):
+            self._set(layer, self._layer(layer))
+        if s.output is not None:
+            self._set(s.output, self._output(s.output))
+        names = parameters_of(s.encoder)
+
+        # Functions, not methods of this object: a deep copy of the model copies its hooks.
+        def begin(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if encoder is s.encoder:
+                self._begin(*named(names, args, kwargs))
+
+        def end(encoder: Any, args: Any, output: Any) -> None:
+            if encoder is s.encoder:
+                self._end()
+
+        self._undo.append(s.encoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        self._undo.append(s.encoder.register_forward_hook(end).remove)
+
+    def _set(self, module: Any, forward: Callable[..., Any]) -> None:
+        """Replace the forward of an instance, to be undone."""
+        old = vars(module).get("forward")
+
+        def undo() -> None:
+            if old is None:
+                del module.forward
+            else:
+                module.forward = old
+
+        module.forward = types.MethodType(forward, module)
+        self._undo.append(undo)
+
+    # ---- a forward of the model
+
+    def _begin(self, ids: Tensor | None, given: dict[str, Any]) -> None:
+        """Before the encoder: refuse what exits cannot serve, and note the mask."""
+        local, config = self._local, self.structure.encoder.config
+        local.running = local.ended = None
+        if self.structure.encoder.training:
+            return
+        texts = given.get("inputs_embeds") if ids is None else ids
+        if texts is None:
+            return
+        batch, length = texts.shape[:2]
+        if not batch:
+            raise ValueError("attach: expected at least one row, got an empty batch")
+        longest = self.structure.longest
+        if longest is not None and length > longest:
+            raise ValueError(f"attach: expected at most {longest} tokens a row, got {length}: truncate the text")
+        for name in ("output_hidden_states", "output_attentions"):
+            if given.get(name) or (given.get(name) is None and getattr(config, name, False)):
+                raise ValueError(f"attach: expected a forward without {name}, since rows that left have none there")
+        mask = given.get("attention_mask")
+        local.running = Forward(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+    def _layer(self, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of an encoder layer."""
+        stock, local, last, names = module.forward, self._local, self.depth - 1, parameters_of(module)
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:  # a deep copy of the model: it runs as if nothing were attached
+                return type(this).forward(this, *args, **kwargs)
+            run = local.running
+            if run is None:
+                return stock(*args, **kwargs)
+            i, run.next = run.next, run.next + 1
+            hidden, arguments = named(names, args, kwargs)
+            if i == 0:
+                self._start(run, hidden)
+            else:
+                self._judge(i - 1, run, hidden)
+            if run.whole:
+                out = stock(*args, **kwargs)
+                run.returned = len(out) if isinstance(out, tuple) else 0
+                group = run.groups[0]
+                group.previous, group.hidden = hidden, first_tensor(out)
+            else:
+                for group in run.groups:
+                    own = stock(group.hidden, **group.pick(arguments, self.structure.layout, run.size))
+                    group.previous, group.hidden = group.hidden, first_tensor(own)
+                out = self._gathered(run) if i == last else hidden
+                if run.returned:
+                    out = (out, *[None] * (run.returned - 1))
+            for group in run.groups:
+                run.layer_rows += len(group)
+                run.layer_tokens += len(group) * group.hidden.shape[1]
+            return out
+
+        return forward
+
+    def _start(self, run: Forward, hidden: Tensor) -> None:
+        """Before layer 0: one group of all rows."""
+        run.size = batch, _ = (hidden.shape[0], hidden.shape[1])
+        state = self.recipe.start(batch, hidden.device, self._heads.classes)
+        run.groups = [Group(None, hidden, run.mask, {}, state)]
+        run.depth = torch.full((batch,), self.depth - 1, dtype=torch.int64, device=hidden.device)
+
+    def _gathered(self, run: Forward) -> Tensor:
+        """After the last layer: the states of all rows in their places."""
+        assert run.final is not None
+        for group in run.groups:
+            assert group.rows is not None
+            run.place(group.rows, group.hidden)
+        return run.final
+
+    # ---- exits and logits
+
+    @torch.no_grad()
+    def _judge(self, layer: int, run: Forward, hidden: Tensor) -> None:
+        """After a layer: let exit heads look at the rows that run, and those go that the policy releases."""
+        if run.whole:
+            run.groups[0].hidden = hidden
+        if self._heads.observes:
+            for group in run.groups:
+                self._heads.observe(View(group.hidden, group.mask, layer, group.memory))
+        if layer not in self._exits:
+            return
+        at = At(self._exits[layer], layer, len(self._exits))
+        policy = self.recipe.policy
+        if not policy.looks(at):
+            return
+        going_on: list[Group] = []
+        for group in run.groups:
+            run.checks += len(group)
+            point = self._point(layer, group)
+            logits = point.logits
+            assert logits is not None
+            leave, seen = self.recipe.look(group.state, point, at)
+            gone = int(leave.sum())
+            if not gone:
+                going_on.append(group)
+                continue
+            everyone = gone == len(group)
+            order = ops.compact(leave)[0]
+            if policy.answers:
+                answer = policy.answer(keep(group.state, order[:gone]), seen.take(order[:gone]), at)
+                assert answer.logits is not None
+                taken = answer.logits.to(logits.dtype)
+            else:
+                taken = logits if everyone else logits[order[:gone]]
+            run.leave(group, None if everyone else order[:gone], taken, layer)
+            if not everyone:
+                going_on += self._regroup(group, order[gone:], run)
+        run.groups = going_on
+
+    def _regroup(self, group: Group, rows: Tensor, run: Forward) -> list[Group]:
+        """What is left of a group, in buckets of similar length."""
+        if not self._buckets:
+            return [group.take(rows, group.hidden.shape[1])]
+        if run.lengths is None:
+            run.lengths = buckets.lengths(run.mask, *run.size, group.hidden.device)
+        own = run.lengths[rows if group.rows is None else group.rows[rows]]
+        return [group.take(rows[part], int(own[part].max())) for part in buckets.cut(own)]
+
+    def _point(self, layer: int, group: Group) -> ExitPoint:
+        """What the rows of a group show at an exit."""
+        head = self._heads[layer]
+        view = View(group.hidden, group.mask, layer, group.memory)
+        logits, stats = head.judge(view)
+        previous = head.pooled(view._replace(hidden=group.previous))
+        return ExitPoint(head.pooled(view), previous, head, stats, head.classes, logits)
+
+    def _output(self, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of the module that makes the logits."""
+        stock, local = module.forward, self._local
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:
+                return type(this).forward(this, *args, **kwargs)
+            run, local.ended = local.ended, None
+            if run is not None and not run.groups:
+                return run.logits
+            out = stock(*args, **kwargs)
+            if run is None:
+                return out
+            if self.recipe.policy.answers:
+                out = self._full_depth(out, run)
+            if run.whole:
+                return out
+            return torch.where((run.depth < self.depth - 1)[:, None], run.logits.to(out.dtype), out)
+
+        return forward
+
+    @torch.no_grad()
+    def _full_depth(self, logits: Tensor, run: Forward) -> Tensor:
+        """The model's own logits [B, C] with those of rows that went all the way as the policy answers for them."""
+        policy, at = self.recipe.policy, At(len(self._exits), self.depth - 1, len(self._exits))
+        for group in run.groups:
+            own = (logits if group.rows is None else logits[group.rows]).float()
+            stats, measure = ExitStats.from_logits(own), self.recipe.confidence
+            if measure is None or measure.reads_head:
+                point = ExitPoint(own, own, ExitHead(), stats, own.shape[1], own)
+                _, seen = self.recipe.look(group.state, point, at)
+            else:  # a probe or a saturation has nothing to say of full depth
+                seen = Evidence(torch.full_like(stats.top1, math.nan), stats.argmax, stats.max_prob, own)
+                policy.step(group.state, seen, at)
+            answer = policy.answer(group.state, seen, at)
+            assert answer.logits is not None
+            places = torch.arange(len(own), device=own.device) if group.rows is None else group.rows
+            logits = logits.index_copy(0, places, answer.logits.to(logits.dtype))
+        return logits
+
+    def _end(self) -> None:
+        """After the encoder: count."""
+        run, self._local.running = self._local.running, None
+        if run is None or run.next != self.depth:
+            return
+        self._local.ended = run
+        report = self._report
+        report.forwards += 1
+        report.rows += run.size[0]
+        report.layer_rows += run.layer_rows
+        report.layer_tokens += run.layer_tokens
+        report.checks += run.checks
+        report.exit_layers.append(run.depth.cpu())
+        report.seconds += time.perf_counter() - run.started

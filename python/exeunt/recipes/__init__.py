@@ -1,0 +1,46 @@
+"""Recipes: one function per published system, a composition of the four concepts and nothing else.
+
+Where a published code differs from its paper, or is wrong, a recipe follows the paper; ``as_code=True``, where it is
+offered, follows the code. ``docs/systems.md`` is generated from the notes of these functions.
+"""
+
+from exeunt.recipes.classifiers import (
+    act,
+    beem,
+    berxit,
+    cascadebert,
+    cats,
+    deebert,
+    elbert,
+    ensemble,
+    fastbert,
+    gpf,
+    leebert,
+    pabee,
+    right_tool,
+    shallow_deep,
+)
+from exeunt.recipes.generators import calm, free, skipdecode, specee
+from exeunt.recipes.recipe import Recipe
+
+__all__ = [
+    "Recipe",
+    "act",
+    "beem",
+    "berxit",
+    "calm",
+    "cascadebert",
+    "cats",
+    "deebert",
+    "elbert",
+    "ensemble",
+    "fastbert",
+    "free",
+    "gpf",
+    "leebert",
+    "pabee",
+    "right_tool",
+    "shallow_deep",
+    "skipdecode",
+    "specee",
+]

@@ -1,0 +1,218 @@
+"""Exit rules that were published for language models: tokens leave, and skipped layers must remember them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from exeunt.confidence import Confidence, measure
+from exeunt.heads import ExitHeads
+from exeunt.policies import Decay, Falling, FixedDepth, Threshold
+from exeunt.recipes.recipe import Recipe
+from exeunt.states import Propagate
+
+__all__ = ["calm", "free", "skipdecode", "specee"]
+
+
+def calm(
+    exits: Iterable[int] | None = None,
+    threshold: float = 0.9,
+    *,
+    confidence: str | Confidence = "margin",
+    decay: float | None = None,
+    length: int | None = None,
+    heads: ExitHeads | None = None,
+    lazy: bool = False,
+    as_code: bool = False,
+) -> Recipe:
+    """CALM: Confident Adaptive Language Modeling (Schuster et al., NeurIPS 2022).
+
+    A token leaves at the first exit whose confidence reaches the threshold; skipped layers get keys and values from
+    its exit state.
+
+    Parameters
+    ----------
+    exits : iterable of int, optional
+        Layers after which a token may leave, 0-based; by default those of ``heads``.
+    threshold : float, default 0.9
+        In the range of the measure; ``math.inf`` never exits.
+    confidence : str or Confidence, default "margin"
+        ``margin`` is the paper's softmax response, ``saturation`` its hidden-state saturation, ``probe`` its early-exit
+        classifier; ``max_prob`` and ``neg_entropy`` work as well.
+    decay : float, optional
+        The paper's tau (4 there) of the decaying threshold; by default the threshold is constant.
+    length : int, optional
+        N of the decay; by default the most new tokens that ``generate`` allows.
+    heads : ExitHeads, optional
+        Trained exit heads.
+    lazy : bool, default False
+        Fill in skipped layers only when a later token attends there (:class:`exeunt.states.Propagate`).
+    as_code : bool, default False
+        As in the released t5x code, where the decay never sees a position: the threshold stays constant.
+
+    Returns
+    -------
+    Recipe
+
+    Notes
+    -----
+    **Published.** tau 4; thresholds from calibration; margin, saturation and a classifier compared.
+    **Deviations.** Keys and values of skipped layers come from the state at the *exit* layer (the released code
+    propagates that of the first exit segment); each row of a batch leaves on its own (there the least confident row
+    decides for all); saturation is the cosine per row (there over the flattened batch) between a layer's output and
+    its input, so that it is defined at every exit. The decaying threshold is ``clip(0.9 lambda + 0.1 exp(-tau t / N),
+    0, 1)`` with t the new tokens so far, and off unless asked for; in the released code the position never arrives
+    (``as_code=True``). Thresholds with a guarantee come from `calibration.learn_then_test`.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> recipe = exeunt.recipes.calm(exits=[8, 12, 16], threshold=0.9)
+    >>> recipe.exits, recipe.confidence.name
+    ((8, 12, 16), 'margin')
+    """
+    if exits is None:
+        if heads is None:
+            raise ValueError("calm: give exits, or heads that have them, got neither")
+        exits = heads
+    policy = Threshold(threshold, None if decay is None or as_code else Decay(decay, length))
+    return Recipe(tuple(sorted(exits)), measure(confidence), policy, Propagate(lazy), heads)
+
+
+def free(
+    exit: int,
+    threshold: float = 0.9,
+    *,
+    confidence: str | Confidence = "margin",
+    heads: ExitHeads | None = None,
+    state: Propagate | None = None,
+) -> Recipe:
+    """FREE: Fast and Robust Early Exiting (Bae et al., EMNLP 2023).
+
+    Two depths only: a token leaves at the shallow exit if its confidence exceeds the threshold.
+
+    Parameters
+    ----------
+    exit : int
+        The layer after which a token may leave, 0-based.
+    threshold : float, default 0.9
+        lambda; from :func:`exeunt.calibration.beta_mixture`, for instance.
+    confidence : str or Confidence, default "margin"
+        ``probe`` is its other measure.
+    heads : ExitHeads, optional
+        Trained exit heads.
+    state : Propagate, optional
+        What skipped layers remember.
+
+    Returns
+    -------
+    Recipe
+
+    Notes
+    -----
+    **Published.** Exit after 6 of 24 layers (8 of 24 for T5-3B); 0.9 at first, then refitted as tokens come.
+    **Deviations.** Skipped layers are filled in by propagation, lazily: the paper's synchronised parallel decoding,
+    which runs the tokens that left through the deep layers together with the next that stays, is a state strategy that
+    is still to come. The released code falls back to 0.9 where its mixture finds no threshold
+    (`calibration.beta_mixture`, ``as_code=True``), and its margin is read with one synchronisation a token.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> exeunt.recipes.free(5).policy
+    Threshold(value=0.9, decay=None, strict=True, ...)
+    """
+    policy = Threshold(threshold, strict=True)
+    return Recipe((exit,), measure(confidence), policy, state or Propagate(lazy=True), heads)
+
+
+def specee(
+    exits: Iterable[int] | None = None,
+    threshold: float = 0.5,
+    *,
+    heads: ExitHeads | None = None,
+    lazy: bool = False,
+) -> Recipe:
+    """SpecEE (Xu et al., ISCA 2025).
+
+    A token leaves at the first exit at which a probe says that the answer is there.
+
+    Parameters
+    ----------
+    exits : iterable of int, optional
+        Layers after which a token may leave, 0-based; by default those of ``heads``.
+    threshold : float, default 0.5
+        Of the probe.
+    heads : ExitHeads, optional
+        With a probe at every exit.
+    lazy : bool, default False
+        As in :func:`calm`.
+
+    Returns
+    -------
+    Recipe
+
+    Notes
+    -----
+    **Published.** 0.5; layers 15, 16, 17, 19, 21, 24, 26 and 28 of Llama-2-7B and those near the last five exits.
+    **Deviations.** The probe reads the exit state. The published one reads the logits of four candidates that a draft
+    model proposes, their probabilities, and how these have changed since the last check; and an exit counts only if the
+    full head then agrees. Neither is built. Skipped layers get keys and values (there they miss the token, so that
+    layers differ in length).
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> from exeunt.heads import ExitHead, ExitHeads, Probe
+    >>> exeunt.recipes.specee(heads=ExitHeads({4: ExitHead(probe=Probe(16))})).policy.value
+    0.5
+    """
+    exits = heads if exits is None else exits
+    if exits is None:
+        raise ValueError("specee: give exits, or heads that have them, got neither")
+    policy = Threshold(threshold, strict=True)
+    return Recipe(tuple(sorted(exits)), measure("probe"), policy, Propagate(lazy), heads)
+
+
+def skipdecode(
+    deepest: int,
+    shallowest: int,
+    *,
+    length: int | None = None,
+    exits: Iterable[int] | None = None,
+    heads: ExitHeads | None = None,
+) -> Recipe:
+    """SkipDecode (Del Corro et al. 2023).
+
+    The depth of a token depends on its position alone, is the same for a whole batch, and never grows.
+
+    Parameters
+    ----------
+    deepest, shallowest : int
+        0-based layers after which the first and the last new token leave.
+    length : int, optional
+        New tokens over which the depth falls; by default the most that ``generate`` allows.
+    exits : iterable of int, optional
+        Layers after which tokens may leave; by default all from ``shallowest`` to ``deepest``.
+    heads : ExitHeads, optional
+        Trained exit heads.
+
+    Returns
+    -------
+    Recipe
+
+    Notes
+    -----
+    **Published.** A linear fall between two depths; no code was released.
+    **Deviations.** It skips layers in the lower half and runs the upper ones; here the layers after the exit are
+    skipped, as in all recipes. No later token needs what a skipped layer missed, so lazy propagation fills in next to
+    nothing.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> exeunt.recipes.skipdecode(20, 10).exits
+    (10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)
+    """
+    policy = FixedDepth(Falling(deepest, shallowest, length))
+    layers = tuple(range(shallowest, deepest + 1)) if exits is None else tuple(sorted(exits))
+    return Recipe(layers, None, policy, Propagate(lazy=True), heads)
