@@ -40,7 +40,13 @@ MEASURES = {
         {"small": small_lm.THRESHOLD, "smollm2": 0.5},
     ),
     "max_prob": ("largest probability, from 0 to 1", {"small": 0.25, "smollm2": 0.6}),
+    "logit_margin": ("difference of the two largest logits, 0 at least", {"small": 0.5, "smollm2": 1.5}),
     "neg_entropy": ("entropy of the probabilities in nats, negated: 0 at most", {"small": -4.0, "smollm2": -1.0}),
+    "neg_normalized_entropy": (
+        "the same over the entropy of a uniform draw, -1 at least",
+        {"small": -0.5, "smollm2": -0.1},
+    ),
+    "agreement": ("1 where the exit before says the same, else 0", {"smollm2": 1.0}),
     "saturation": (
         "cosine of the last layer's output and input, from -1 to 1; reads no head",
         {"small": 0.97, "smollm2": 0.85},
@@ -199,7 +205,8 @@ def _demo(args: argparse.Namespace) -> None:
         measure = confidence.measure(args.confidence or {"small": "margin", "smollm2": "probe"}[args.model])
         defaults = MEASURES[measure.name][1]
         if args.model not in defaults:
-            raise ValueError(f"{measure.name} needs a trained probe, which {args.model} does not have: choose another")
+            use = [name for name, (_, values) in MEASURES.items() if args.model in values]
+            raise ValueError(f"--confidence must be one of {', '.join(use)} for {args.model}, got {measure.name}")
         threshold = defaults[args.model] if args.threshold is None else args.threshold
         policies.Threshold(threshold).check(measure.low, measure.high, measure.name)  # before the model is loaded
         for package in ("transformers", "rich", *(["matplotlib"] if args.png else [])):

@@ -1,12 +1,13 @@
 """Losses from live runs, what is made of them, and requests that are held against full depth."""
 
+import dataclasses
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import exeunt
 from exeunt.calibration import Audit, Calibration, Contract, calibrating, fingerprints, learn_then_test
@@ -258,3 +259,62 @@ def test_the_choice_is_the_methods_own(texts):
     losses = np.zeros((3, 200))
     losses[1, :10], losses[2, :60] = 1, 1
     assert calibrating._choose(losses, 0.1, 0.95, "ltt", [3, 2, 1]) == learn_then_test(losses, 0.1, 0.95) == 1
+
+
+# ---- by replay
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    config = BertConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    torch.manual_seed(0)
+    return BertForSequenceClassification(config).eval()
+
+
+def recorded(n=400, **more):
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=(n, 1))
+    shown = np.concatenate([truth + rng.normal(size=(n, 1)) * s for s in (0.8, 0.4, 0.2, 0.0)], 1)
+    logits = np.stack([shown, -shown], -1) * np.array([1.5, 2, 3, 4])[:, None]
+    return exeunt.replay.Recording.of_logits(logits, labels=(truth[:, 0] < 0).astype(int), **more)
+
+
+@pytest.mark.parametrize("method", calibrating.METHODS)
+def test_recordings_calibrate_as_their_losses_by_hand(encoder, method):
+    recording, grid = recorded(), [1.0, 0.95, 0.9, 0.8, 0.7, 0.5]
+    found = calibrating.calibrate_recorded(
+        encoder, exeunt.recipes.right_tool(), recording, grid, level=0.1, method=method
+    )
+    scores = recording.logits.softmax(-1).max(-1).values
+    losses = np.zeros((len(grid), len(recording)))
+    for k, threshold in enumerate(grid):
+        for i in range(len(recording)):
+            exit = next((e for e in range(3) if scores[i, e] >= threshold), 3)
+            losses[k, i] = recording.predicted[i, exit] != recording.predicted[i, 3]
+    assert (found.live.losses == losses).all()
+    row = calibrating._choose(losses, 0.1, None if method == "crc" else 0.95, method, grid)
+    assert row is not None and found.threshold == grid[row] < 0.95
+    assert found.calibration.contract.unit == "example" and found.calibration.contract.n == 400
+
+
+def test_recordings_against_the_truth_and_what_is_refused(encoder):
+    recipe, grid = exeunt.recipes.right_tool(), [0.95, 0.8]
+    options = {"level": 0.3, "risk": "error"}
+    found = calibrating.calibrate_recorded(encoder, recipe, recorded(), grid, **options)
+    assert found.calibration.contract.risk == "1 - accuracy"
+    calls = [
+        (recorded(about={"model": {"weights": "x"}}), {}, "the recording belongs to another model"),
+        (recorded(), {"method": "crc"}, "needs losses that full depth does not have"),
+        (recorded(), {"risk": "taste"}, "risk must be disagreement or error, got 'taste'"),
+        (recorded(3), {}, r"at this level needs at least \d+ examples, got 3"),
+        (recorded(), {"level": 1.5}, "must lie strictly between 0 and 1"),
+    ]
+    for recording, change, sentence in calls:
+        with pytest.raises(ValueError, match=sentence):
+            calibrating.calibrate_recorded(encoder, recipe, recording, grid, **options | change)
+    bare = dataclasses.replace(recorded(), labels=None)
+    with pytest.raises(ValueError, match="risk 'error' needs labels"):
+        calibrating.calibrate_recorded(encoder, recipe, bare, grid, **options)
+    tokens = recorded(positions=np.arange(400))
+    with pytest.raises(ValueError, match="replay is an estimate here"):
+        calibrating.calibrate_recorded(encoder, exeunt.recipes.calm([0, 1]), tokens, grid, level=0.3)

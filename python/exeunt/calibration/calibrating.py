@@ -1,7 +1,8 @@
-"""From a model, a recipe and texts to a threshold with a contract."""
+"""From a model, a recipe and data to a threshold with a contract: by live runs, or by replay where that is exact."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,15 +15,19 @@ from exeunt.calibration.contract import Contract
 from exeunt.calibration.learn_then_test import learn_then_test
 from exeunt.calibration.live import Live, live_losses
 from exeunt.calibration.risk_control import risk_control
+from exeunt.calibration.risks import label_disagreement
+from exeunt.policies import Threshold
 from exeunt.recipes import Recipe
+from exeunt.replay import Recording, replay
 
-__all__ = ["METHODS", "Calibrated", "calibrate"]
+__all__ = ["METHODS", "Calibrated", "calibrate", "calibrate_recorded"]
 
 METHODS = {
     "ltt": "learn then test: the risk of this threshold is at most the level, with the confidence",
     "wsr": "the same by betting: stronger where losses are fractional or vary little",
     "crc": "conformal risk control: at most the level on average over calibrations, no confidence",
 }
+NAMES = {"ltt": "learn_then_test, hoeffding_bentkus", "wsr": "risk_control, wsr", "crc": "risk_control, crc"}
 RISK_NAMES = {"next-token": "next-token disagreement", "token": "token disagreement", "rouge-l": "1 - ROUGE-L",
               "bleu": "1 - BLEU"}  # fmt: skip
 
@@ -113,10 +118,7 @@ def calibrate(
     (0.8, 'next-token disagreement')
     """
     x = np.asarray(texts)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not len(candidates):
-        raise ValueError("candidates must be one threshold or more, got none")
+    _check(candidates, method)
     if method == "crc":
         confidence = None
     # Nothing is run that cannot pass: without any loss every method says how many texts would do.
@@ -140,13 +142,106 @@ def calibrate(
         ended=ended,
         advance=advance,
     )
+    threshold, contract = _settle(live, candidates, level, confidence, method, RISK_NAMES[risk], "prompt")
+    return Calibrated(Calibration.of(model, recipe, threshold, contract, data=list(x)), threshold, live)
+
+
+def calibrate_recorded(
+    model: Any,
+    recipe: Recipe,
+    recording: Recording,
+    candidates: Sequence[float],
+    *,
+    level: float,
+    confidence: float | None = 0.95,
+    method: str = "ltt",
+    risk: str = "disagreement",
+) -> Calibrated:
+    """Find the loosest threshold whose risk is controlled, on what the exits of an encoder showed once.
+
+    Parameters
+    ----------
+    model : transformers model
+        Which was recorded.
+    recipe : Recipe
+        With a `Threshold` policy, whose value does not matter.
+    recording : Recording
+        Of examples that were not trained on, as :func:`exeunt.evaluation.record` makes it.
+    candidates, level, confidence, method
+        As for :func:`calibrate`.
+    risk : {"disagreement", "error"}, default "disagreement"
+        Another label than full depth gives, or than the right one (1 - accuracy; not for ``crc``, since full depth errs
+        as well).
+
+    Returns
+    -------
+    Calibrated
+
+    Raises
+    ------
+    ValueError
+        One sentence: too few examples, a recording of another model, a recipe for which replay is an estimate.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from exeunt.calibration.calibrating import calibrate_recorded
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=3, num_attention_heads=4))
+    >>> z = torch.randn(200, 1, 2).expand(-1, 3, -1) * torch.tensor([1.0, 2.0, 3.0])[:, None]
+    >>> recording = exeunt.replay.Recording.of_logits(z)
+    >>> found = calibrate_recorded(model, exeunt.recipes.right_tool(), recording, [0.9, 0.6], level=0.05)
+    >>> found.threshold, found.calibration.contract.risk
+    (0.6, 'label disagreement')
+    """
+    _check(candidates, method)
+    if risk not in ("disagreement", "error"):
+        raise ValueError(f"risk must be disagreement or error, got {risk!r}")
+    rule = recipe.policy
+    if not isinstance(rule, Threshold):
+        raise ValueError(f"expected a recipe with a Threshold policy, got {rule}")
+    if method == "crc":
+        confidence = None
+        if risk == "error":
+            raise ValueError("method 'crc' needs losses that full depth does not have: expected risk disagreement")
+    known, own = recording.about.get("model"), fingerprints.of_model(model)
+    if known is not None and known != own:
+        raise ValueError(f"the recording belongs to another model: expected {own}, got {known}")
+    truth = recording.predicted[:, -1] if risk == "disagreement" else recording.labels
+    if truth is None:
+        raise ValueError("risk 'error' needs labels: expected a recording that has them, got none")
+    recipe = dataclasses.replace(recipe, exits=recipe.exits or recording.exits)
+    losses, layers = [], []
+    for candidate in candidates:
+        policy = dataclasses.replace(rule, value=candidate)
+        done = replay(recording, dataclasses.replace(recipe, policy=policy))
+        if not done.exact:
+            raise ValueError(f"replay is an estimate here ({done.why}): expected live runs, calibrate()")
+        losses.append(label_disagreement(done.label, truth))
+        layers.append(done.mean_layers)
+    live = Live(np.stack(losses), layers)
+    name = "label disagreement" if risk == "disagreement" else "1 - accuracy"
+    threshold, contract = _settle(live, candidates, level, confidence, method, name, "example")
+    data = recording.about.get("data") or [recording.statistics.numpy().tobytes()]
+    return Calibrated(Calibration.of(model, recipe, threshold, contract, data=data), threshold, live)
+
+
+def _check(candidates: Sequence[float], method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not len(candidates):
+        raise ValueError("candidates must be one threshold or more, got none")
+
+
+def _settle(
+    live: Live, candidates: Sequence[float], level: float, confidence: float | None, method: str, risk: str, unit: str
+) -> tuple[float, Contract]:
+    """The threshold that the losses allow, and what it promises."""
     row = _choose(live.losses, level, confidence, method, candidates[: len(live.losses)])
     threshold = float("inf") if row is None else float(candidates[row])
-    names = {"ltt": "learn_then_test, hoeffding_bentkus", "wsr": "risk_control, wsr", "crc": "risk_control, crc"}
-    contract = Contract(
-        RISK_NAMES[risk], level, "marginal" if confidence is None else confidence, len(x), names[method], "prompt"
-    )
-    return Calibrated(Calibration.of(model, recipe, threshold, contract, data=list(x)), threshold, live)
+    promised = "marginal" if confidence is None else confidence
+    return threshold, Contract(risk, level, promised, live.losses.shape[1], NAMES[method], unit)  # type: ignore[arg-type]
 
 
 def _choose(
