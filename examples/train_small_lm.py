@@ -3,7 +3,8 @@
 A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained in two runs. The first
 has losses after layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last into
 the others. In the second tokens leave early while it learns: exits and deeper layers are taught to say what the model
-alone would, also where earlier tokens left behind what propagation makes of their states.
+alone would, also where earlier tokens left behind what propagation makes of their states. The model that comes with
+exeunt is what the first run alone gave (--leaving-steps 0).
 
     python examples/train_small_lm.py --text text --out small-lm
 
@@ -66,6 +67,7 @@ TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
     "model_max_length": LENGTH,
+    "model_input_names": ["input_ids", "attention_mask"],
     "padding_side": "left",
     "clean_up_tokenization_spaces": False,
     # It does not chat, it goes on.
@@ -136,7 +138,7 @@ def main() -> None:
     add("--text", type=Path, default=Path("/"), help="where the packages were unpacked; default /, as installed")
     add("--out", type=Path, required=True, help="folder for tokenizer, tokens, checkpoints and the model")
     add("--steps", type=int, default=640, help=f"of the first run, of {BATCH * LENGTH} tokens; default 640")
-    add("--leaving-steps", type=int, default=400, help="of the second run; default 400")
+    add("--leaving-steps", type=int, default=400, help="of the second run, 0: without it; default 400")
     add("--learning-rate", type=float, default=6e-3, help="peak of the first run; default 0.006")
     add("--leaving-rate", type=float, default=1e-3, help="peak of the second run; default 0.001")
     add("--pieces", type=int, default=2, help="do a step in so many pieces; 1 on a GPU; default 2")
@@ -164,6 +166,8 @@ def main() -> None:
     runs: dict[str, Any] = {}
     done = 0  # steps of earlier runs: the text goes on where they left it
     for name, module, steps, rate, shape in shapes:
+        if not steps:
+            continue
         identity = {"data": data, "objective": repr(module.objective), "learning_rate": rate}
         outcome = fit(
             module,
@@ -184,7 +188,7 @@ def main() -> None:
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
     measured = measure(joint, held_out)
-    show(measured, f"Held-out text after {args.steps} + {args.leaving_steps} steps")
+    show(measured, f"Held-out text after {done} steps")
     sketch = fingerprints.sketch(train)  # so that nobody calibrates on what it was trained on
     about = {"runs": runs, "text": small_lm_text.LICENCES, "held_out": measured, "sketch": sketch}
     save(args.out, joint, vocabulary, about)
