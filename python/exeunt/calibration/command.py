@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
         "--exits",
         type=terminal.layers,
         metavar="E,E",
-        help="layers to leave after, from 0 on (those of the heads; small: 5)",
+        help="layers to leave after, from 0 on (those of the heads; small: 5,7)",
     )
     add(
         "--measure",
