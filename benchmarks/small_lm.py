@@ -1,12 +1,14 @@
 """What the small LM's exits are worth: on held-out text at every exit, and on the clock with CALM.
 
-    python benchmarks/small_lm.py --model small-lm/model --tokens small-lm/held_out.npy
+    python benchmarks/small_lm.py --tokens small-lm/held_out.npy [--model small-lm/model] [--cpu-time]
 
+The held-out tokens are what examples/train_small_lm.py left out; without --model they are fed to the model that ships.
 Three tables. Perplexity and agreement with full depth at every exit. CALM under teacher forcing: the text's own tokens
 are fed, and each next token that CALM would have chosen is compared with that of the model alone on the same prefix, so
 that what skipped layers did to keys and values counts. CALM in free generation, greedy and sampled: tokens/s against
-full depth, both sides taking turns in one run, median of the ratios, and how many of its greedy tokens full depth would
-have chosen after the same prefix.
+full depth, both sides taking turns in one run, median of the ratios (and the lowest and highest), and how many of its
+greedy tokens full depth would have chosen after the same prefix. --cpu-time counts the process's seconds of computing
+with one thread instead of the clock's: on a machine that does other things as well.
 """
 
 import argparse
@@ -21,48 +23,27 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers import AutoModelForCausalLM
 
 import exeunt
+from exeunt import small_lm
+from exeunt.calibration.live import live_losses
 from exeunt.training import Joint, judge, parse, summary
 
 PROMPT = 64
-
-
-class Forced(LogitsProcessor):
-    """Make `generate` say a given text, noting what it would have said: `would` is a list of [B]."""
-
-    def __init__(self, text: Tensor) -> None:
-        self.text, self.would = text, []
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self.would.append(scores.argmax(-1))
-        forced = torch.full_like(scores, -float("inf"))
-        return forced.scatter_(1, self.text[:, ids.shape[1], None], 0.0)
+clock = time.perf_counter
 
 
 def generate(model: Any, prompt: Tensor, count: int, **options: Any) -> tuple[Tensor, float]:
-    start = time.perf_counter()
+    start = clock()
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
-    return out, time.perf_counter() - start
+    return out, clock() - start
 
 
 def at_every_exit(model: Any, text: Tensor, exits: list[int]) -> dict[str, Any]:
     joint = Joint(model, exits, parse("ce", [*exits, len(model.model.layers) - 1]))
     with torch.no_grad():
         return summary(judge(joint.depths(ids[:, :-1]), ids[:, 1:].flatten(), None) for ids in text.split(8))
-
-
-def forced(model: Any, recipe: Any, text: Tensor) -> dict[str, float]:
-    """Next-token agreement with the model alone, and layers for a token, over given text."""
-    with torch.no_grad():
-        alone = model(text[:, :-1]).logits.argmax(-1)[:, PROMPT:]  # of what is said in decoding steps
-    watch = Forced(text)
-    with exeunt.attach(model, recipe) as early:
-        generate(model, text[:, :PROMPT], text.shape[1] - PROMPT, do_sample=False, logits_processor=[watch])
-        report = early.report()
-    would = torch.stack(watch.would[1:], 1)  # the first comes from the prompt's own forward
-    return {"agreement": (would == alone).float().mean().item(), "layers": report.layers_per_token}
 
 
 def race(model: Any, recipe: Any, prompts: list[Tensor], count: int, sample: bool) -> dict[str, float]:
@@ -84,25 +65,33 @@ def race(model: Any, recipe: Any, prompts: list[Tensor], count: int, sample: boo
                 agrees.append((chosen == out[:, PROMPT + 1 :]).float().mean().item())
             if turn:
                 speeds[side].append(prompt.shape[0] * count / seconds)
-    ratio = statistics.median(e / f for e, f in zip(speeds["early"], speeds["full"], strict=True))
-    return {"full": statistics.median(speeds["full"]), "early": statistics.median(speeds["early"]), "ratio": ratio,
+    ratios = [e / f for e, f in zip(speeds["early"], speeds["full"], strict=True)]
+    return {"full": statistics.median(speeds["full"]), "early": statistics.median(speeds["early"]),
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
             "layers": statistics.mean(layers[1:]), "agreement": statistics.mean(agrees[1:])}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of the model")
+    add("--model", type=Path, default=small_lm.FOLDER, help="folder of the model; default the one that ships")
     add("--tokens", type=Path, required=True, help="held-out token ids, *.npy")
-    add("--exits", default="1,3,5,7,9", help="0-based layers; default 1,3,5,7,9")
+    add("--exits", default="1,3,5,7,9", help="0-based layers of the first table; default 1,3,5,7,9")
+    add("--at", default=",".join(map(str, small_lm.EXITS)), help="those that CALM uses; default the shipped recipe's")
+    add("--eager", action="store_true", help="fill in skipped layers at once, not lazily")
+    add("--cpu-time", action="store_true", help="one thread, and seconds of computing instead of the clock's")
     add("--confidence", default="margin", help="measure; default margin")
-    add("--thresholds", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="default 0.5 0.7 0.9")
+    add("--thresholds", type=float, nargs="+", default=[0.04, 0.08, 0.16], help="default 0.04 0.08 0.16")
     add("--rows", type=int, default=64, help="of held-out text, 256 tokens each; default 64")
     add("--rounds", type=int, default=8, help="of the races, 0: none; default 8")
     add("--count", type=int, default=96, help="new tokens in a race; default 96")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
+    if args.cpu_time:
+        global clock
+        clock = time.process_time
+        torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     model.generation_config.eos_token_id = None  # rows go on to the same length on both sides
     exits = [int(e) for e in args.exits.split(",")]
@@ -117,11 +106,14 @@ def main() -> None:
         table.add_row(str(int(depth) + 1), f"{f['perplexity']:.2f}", f"{f['agreement']:.1%}")
     show(table)
 
-    recipes = {t: exeunt.recipes.calm(exits, t, confidence=args.confidence) for t in args.thresholds}
-    table = Table("threshold", "agreement", "layers/token", title=f"CALM ({args.confidence}), teacher forcing")
+    at = [int(e) for e in args.at.split(",")]
+    recipes = {t: exeunt.recipes.calm(at, t, confidence=args.confidence, lazy=not args.eager) for t in args.thresholds}
+    table = Table(
+        "threshold", "agreement", "layers/token", title=f"CALM ({args.confidence}), exits {at}, teacher forcing"
+    )
     for t, recipe in recipes.items():
-        parts = [forced(model, recipe, part) for part in text[:, :256].split(8)]
-        f = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
+        live = live_losses(model, recipe, text[:, :256].numpy(), [t], prompt=PROMPT)
+        f = {"agreement": 1 - live.losses.mean(), "layers": live.layers[0]}
         found[f"forced {t}"] = f
         table.add_row(str(t), f"{f['agreement']:.1%}", f"{f['layers']:.2f}")
     show(table)
@@ -135,7 +127,11 @@ def main() -> None:
                 f = race(model, recipe, prompts, args.count, mode == "sampled")
                 found[f"{mode} B={batch} {t}"] = f
                 agreement = f"{f['agreement']:.1%}" if mode == "greedy" else "-"
-                speed = (f"{f['full']:.0f}", f"{f['early']:.0f}", f"{f['ratio']:.2f}x")
+                speed = (
+                    f"{f['full']:.0f}",
+                    f"{f['early']:.0f}",
+                    f"{f['ratio']:.2f}x ({f['lowest']:.2f}-{f['highest']:.2f})",
+                )
                 table.add_row(str(batch), mode, str(t), *speed, f"{f['layers']:.2f}", agreement)
     if args.rounds:
         show(table)

@@ -1,7 +1,10 @@
 """Train a small language model whose early layers know the answer, from scratch, in an hour or two on one core.
 
-A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained with losses after
-layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last into the others.
+A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained in two runs. The first
+has losses after layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last into
+the others. In the second tokens leave early while it learns: exits and deeper layers are taught to say what the model
+alone would, also where earlier tokens left behind what propagation makes of their states. The model that comes with
+exeunt is what the first run alone gave (--leaving-steps 0).
 
     python examples/train_small_lm.py --text text --out small-lm
 
@@ -25,11 +28,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import small_lm_text
+from exeunt.calibration import fingerprints
 from exeunt.files import written
 from exeunt.training import (
+    SAID,
     CrossEntropy,
     Distillation,
     Joint,
+    Leaving,
     Objective,
     Windows,
     depth_weights,
@@ -61,6 +67,7 @@ TOKENIZER = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
     "model_max_length": LENGTH,
+    "model_input_names": ["input_ids", "attention_mask"],
     "padding_side": "left",
     "clean_up_tokenization_spaces": False,
     # It does not chat, it goes on.
@@ -122,7 +129,7 @@ def save(out: Path, joint: Joint, vocabulary: int, metadata: dict[str, Any]) -> 
     (folder / "tokenizer.json").write_bytes((out / "tokenizer.json").read_bytes())
     weights = {name: p.detach().bfloat16().cpu().contiguous() for name, p in joint.model.named_parameters()}
     with written(folder / "model.safetensors") as unfinished:
-        safetensors.torch.save_file(weights, unfinished, {"format": "pt"})
+        unfinished.write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
 
 
 def main() -> None:
@@ -130,8 +137,10 @@ def main() -> None:
     add = parser.add_argument
     add("--text", type=Path, default=Path("/"), help="where the packages were unpacked; default /, as installed")
     add("--out", type=Path, required=True, help="folder for tokenizer, tokens, checkpoints and the model")
-    add("--steps", type=int, default=1600, help=f"of {BATCH * LENGTH} tokens; default 1600")
-    add("--learning-rate", type=float, default=3e-3, help="its peak; default 0.003")
+    add("--steps", type=int, default=640, help=f"of the first run, of {BATCH * LENGTH} tokens; default 640")
+    add("--leaving-steps", type=int, default=400, help="of the second run, 0: without it; default 400")
+    add("--learning-rate", type=float, default=6e-3, help="peak of the first run; default 0.006")
+    add("--leaving-rate", type=float, default=1e-3, help="peak of the second run; default 0.001")
     add("--pieces", type=int, default=2, help="do a step in so many pieces; 1 on a GPU; default 2")
     add("--float32", action="store_true", help="compute in float32 instead of bfloat16")
     add("--seed", type=int, default=0, help="for weights and order; default 0")
@@ -142,23 +151,47 @@ def main() -> None:
     train, held_out = prepare(args.text, args.out)
     vocabulary = Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size()
     torch.manual_seed(args.seed)
-    objective = Objective(CrossEntropy(depth_weights("depth", [*EXITS, LAYERS - 1])), Distillation(0.1))
-    joint = Joint(build(vocabulary), EXITS, objective, bf16=not args.float32)
-    outcome = fit(
-        joint,
-        Windows(train, LENGTH, BATCH, args.seed),
-        args.out / "checkpoint",
-        steps=args.steps,
-        optimizers=muon(joint, args.learning_rate),
-        identity={"data": digest(train), "objective": repr(objective), "learning_rate": args.learning_rate},
-        pieces=args.pieces,
-        seed=args.seed,
-        every=args.every,
-        title="Small LM",
-    )
+    model = build(vocabulary)
+    at_once = Objective(CrossEntropy(depth_weights("depth", [*EXITS, LAYERS - 1])), Distillation(0.1))
+    leaving = Objective(CrossEntropy({SAID: 1.0}), Distillation(2.0))
+    bf16 = not args.float32
+    joint = Joint(model, EXITS, at_once, bf16=bf16)
+    shapes: list[tuple[str, Joint, int, float, dict[str, Any]]] = [
+        ("joint", joint, args.steps, args.learning_rate, {}),
+        ("leaving", Leaving(model, EXITS, leaving, bf16=bf16), args.leaving_steps, args.leaving_rate,
+         {"fall": 0.5, "warmup": 20}),
+    ]  # fmt: skip
+    windows = Windows(train, LENGTH, BATCH, args.seed)
+    data = digest(train)
+    runs: dict[str, Any] = {}
+    done = 0  # steps of earlier runs: the text goes on where they left it
+    for name, module, steps, rate, shape in shapes:
+        if not steps:
+            continue
+        identity = {"data": data, "objective": repr(module.objective), "learning_rate": rate}
+        outcome = fit(
+            module,
+            lambda step, done=done: windows(done + step),  # type: ignore[misc]
+            args.out / name,
+            steps=steps,
+            optimizers=muon(module, rate),
+            identity=identity | ({"after": runs["joint"]["steps"]} if runs else {}),
+            pieces=args.pieces,
+            seed=args.seed,
+            every=args.every,
+            title=f"Small LM, {name}",
+            **shape,
+        )
+        runs[name] = outcome | identity
+        done += steps
+        with torch.no_grad():  # what is kept is bfloat16: so is what the next run begins with
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
     measured = measure(joint, held_out)
-    show(measured, f"Held-out text after {outcome['steps']} steps")
-    save(args.out, joint, vocabulary, outcome | {"data": small_lm_text.LICENCES, "held_out": measured})
+    show(measured, f"Held-out text after {done} steps")
+    sketch = fingerprints.sketch(train)  # so that nobody calibrates on what it was trained on
+    about = {"runs": runs, "text": small_lm_text.LICENCES, "held_out": measured, "sketch": sketch}
+    save(args.out, joint, vocabulary, about)
 
 
 if __name__ == "__main__":

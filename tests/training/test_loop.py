@@ -245,3 +245,12 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name])
+
+
+def test_without_a_fall_the_rate_stays_and_more_steps_go_on_in_the_same_bits(tmp_path):
+    assert {schedule(step, 30, warmup=5, fall=0.0) for step in range(4, 30)} == {1.0}
+    (tmp_path / "whole").mkdir()
+    killing.run(tmp_path / "whole", steps=30, fall=0.0)
+    killing.run(tmp_path, steps=17, fall=0.0)
+    killing.run(tmp_path, steps=30, fall=0.0)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole" / "run"))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from exeunt import heads
 
-__all__ = ["of_data", "of_model", "of_weights", "refuse_overlap"]
+__all__ = ["of_data", "of_model", "of_weights", "refuse_overlap", "refuse_trained", "sketch"]
 
 SAMPLES = 64  # of each parameter
+PHRASE = 12  # tokens
+KEPT = 128  # one phrase of so many
 
 
 def of_weights(module: nn.Module) -> str:
@@ -97,3 +101,75 @@ def refuse_overlap(calibration: Iterable[Any], training: Iterable[Any]) -> None:
             f"calibration data must be apart from training data, got {len(shared)} of {len(units)} units in both, "
             f"the first at {shared[0]}"
         )
+
+
+def sketch(tokens: ArrayLike) -> str:
+    """What a training set leaves behind, so that later data can be held against it: digests of a sample of its phrases.
+
+    Every run of 12 tokens is hashed, and one in 128 kept, chosen by the hash itself: the same phrases in any text.
+    About 42 bytes for a thousand tokens.
+
+    Parameters
+    ----------
+    tokens : array
+        [N] token ids, or [R, S] rows of them.
+
+    Returns
+    -------
+    str
+        For metadata; :func:`refuse_trained` reads it.
+
+    Examples
+    --------
+    >>> from exeunt.calibration import fingerprints
+    >>> fingerprints.sketch(range(1000)) == fingerprints.sketch(range(1000))
+    True
+    """
+    return base64.b64encode(np.unique(_phrases(tokens)).tobytes()).decode()
+
+
+def refuse_trained(units: ArrayLike, trained: str, allowed: float = 0.2) -> None:
+    """Raise ValueError where much of the calibration data was trained on, by its phrases.
+
+    Unlike :func:`refuse_overlap` this needs no copy of the training data and does not mind where texts were cut.
+    Phrases recur in any text, so that a share of known ones is allowed.
+
+    Parameters
+    ----------
+    units : array
+        [n, S] token ids.
+    trained : str
+        From :func:`sketch`.
+    allowed : float, default 0.2
+        Share of the phrases that may be known.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from exeunt.calibration import fingerprints
+    >>> text = np.random.default_rng(0).integers(0, 500, 20_000)
+    >>> fingerprints.refuse_trained(text[:10_000].reshape(100, 100), fingerprints.sketch(text[10_000:]))
+    """
+    phrases = _phrases(units)
+    known = np.isin(phrases, np.frombuffer(base64.b64decode(trained), np.uint32))
+    share = float(known.mean()) if len(phrases) else 0.0
+    if share > allowed:
+        raise ValueError(
+            f"calibration data must be apart from training data, got {share:.0%} of its phrases in both "
+            f"({allowed:.0%} may be)"
+        )
+
+
+def _phrases(tokens: ArrayLike) -> NDArray[np.uint32]:
+    x = np.atleast_2d(np.asarray(tokens)).astype(np.uint64)
+    count = x.shape[1] - PHRASE + 1
+    if count < 1:
+        return np.empty(0, np.uint32)
+    h = np.zeros((len(x), count), np.uint64)
+    with np.errstate(over="ignore"):
+        for k in range(PHRASE):
+            h = h * np.uint64(0x9E3779B97F4A7C15) + x[:, k : k + count] + np.uint64(1)
+        h ^= h >> np.uint64(29)
+        h *= np.uint64(0xBF58476D1CE4E5B9)
+        h ^= h >> np.uint64(32)
+    return (h[h % np.uint64(KEPT) == 0] >> np.uint64(32)).astype(np.uint32)

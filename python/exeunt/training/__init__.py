@@ -1,6 +1,7 @@
 """Training exits: objectives, the loop that fits them, and what it fits."""
 
 from exeunt.training.exits import HEADS_FILE, train_exits
+from exeunt.training.leaving import PASSED, SAID, Leaving
 from exeunt.training.loop import adamw, fit, muon, schedule
 from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, select
@@ -21,11 +22,14 @@ from exeunt.training.text import Windows, tokenised
 
 __all__ = [
     "HEADS_FILE",
+    "PASSED",
+    "SAID",
     "CrossEntropy",
     "Depth",
     "Distillation",
     "Joint",
     "LayerwiseDistillation",
+    "Leaving",
     "LogitTerm",
     "Objective",
     "ProbeLoss",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from exeunt.calibration.fingerprints import sketch
 from exeunt.heads import ExitHead, ExitHeads, Probe, Translator
 from exeunt.models import discover
 from exeunt.training.loop import adamw, digest, fit, muon
@@ -138,6 +139,7 @@ def train_exits(
         "seconds": f"{outcome['seconds']:.0f}",
         "tokens": str(rows.shape[0] * (rows.shape[1] - 1)),
         "held_out": json.dumps(measured),
+        "sketch": sketch(rows),
     }
     heads.save(out / HEADS_FILE, model.config)
     return heads

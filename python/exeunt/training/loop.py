@@ -105,6 +105,7 @@ def fit(
     identity: Mapping[str, Any],
     pieces: int = 1,
     warmup: int = 100,
+    fall: float = 0.2,
     clip: float = 1.0,
     seed: int = 0,
     every: float = 60.0,
@@ -136,6 +137,8 @@ def fit(
         Forward and backward a batch in so many pieces: less memory, the same step.
     warmup : int, default 100
         Steps over which the learning rate rises.
+    fall : float, default 0.2
+        Share of the steps over which it falls to zero; 0: not at all, where another run goes on from the result.
     clip : float, default 1.0
         Largest norm of the gradient.
     seed : int, default 0
@@ -182,7 +185,7 @@ def fit(
     device = accelerator.device if accelerator else torch.device("cpu")
     module.to(device)
     bare, peaks = module, [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    run = Checkpoint(Path(checkpoint), bare, optimizers, {**identity, "seed": seed, "processes": world})
+    run = Checkpoint(Path(checkpoint), bare, optimizers, {**identity, "seed": seed, "processes": world}, fall)
     run.resume(steps)
     run.restart_clock()
     if accelerator:
@@ -191,9 +194,9 @@ def fit(
     try:
         with _bar(progress and rank == 0, title, steps, run) as show:
             for step in range(run.step, steps):
-                if step == steps - fall_length(steps) and rank == 0:
+                if step == steps - fall_length(steps, fall) and rank == 0:
                     run.write(run.plateau)
-                share = schedule(step, steps, warmup)
+                share = schedule(step, steps, warmup, fall)
                 for optimizer, rates in zip(optimizers, peaks, strict=True):
                     for group, peak in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = peak * share
@@ -230,11 +233,16 @@ class Checkpoint:
     """The state of a run in one file: trainable parameters, optimizers, number of steps done, smoothed loss."""
 
     def __init__(
-        self, path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], identity: Mapping[str, Any]
+        self,
+        path: Path,
+        module: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        identity: Mapping[str, Any],
+        fall: float = 0.2,
     ) -> None:
         self.path, self.plateau = path, path.with_name(f"{path.name}.plateau")
         self.step, self.loss, self.seconds = 0, float("nan"), 0.0
-        self._module, self._optimizers = module, optimizers
+        self._module, self._optimizers, self._fall = module, optimizers, fall
         self._identity = json.loads(json.dumps(identity))
         self.restart_clock()
 
@@ -249,7 +257,7 @@ class Checkpoint:
         for state in found:
             asked = state["steps_asked"]
             # Once the rate falls towards one number of steps, what follows is not on the way to another.
-            if asked == steps or state["step"] <= min(asked - fall_length(asked), steps - fall_length(steps)):
+            if asked == steps or state["step"] <= min(*(n - fall_length(n, self._fall) for n in (asked, steps))):
                 self._take(state)
                 return
         if found:

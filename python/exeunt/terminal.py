@@ -1,0 +1,120 @@
+"""What the commands share: how they load, read and refuse."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from exeunt import files, small_lm
+
+__all__ = ["Parser", "Refused", "check_writable", "layers", "load", "positive", "progress", "quiet", "read", "refusing"]
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer that ``--model`` names: ``small``, ``smollm2`` or a folder."""
+    if name == "small":
+        return small_lm.load(dtype)
+    if name == "smollm2":
+        from exeunt import smollm2
+
+        return smollm2.load(dtype, progress=sys.stderr.isatty())
+    if not Path(name).is_dir():
+        raise ValueError(f"--model must be small, smollm2 or a folder with a model, got {name}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(name, local_files_only=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal's standard error; what is yielded takes what was done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def read(path: Path) -> list[str]:
+    """Texts of a file, or of the ``*.txt`` files below a folder."""
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--data must be a text file or a folder of *.txt files, got {path}, which has none")
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' remarks on how it is called, and without its progress bars, which take no time."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class Refused(Exception):
+    """What the user can put right, in one sentence."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Make what the user can put right a `Refused`."""
+    try:
+        yield
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, without the usage, and leave."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return value
+
+
+def layers(text: str) -> list[int]:
+    """Layers such as ``8,12``."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layers such as 8,12,16, got {text!r}") from None
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise unless a file can be written there; nothing stays behind."""
+    if path is None:
+        return
+    problem = "it is a directory" if path.is_dir() else ""
+    if not problem:
+        try:
+            files.unfinished(path).touch()
+            files.unfinished(path).unlink()
+        except OSError as error:
+            problem = error.strerror or str(error)
+    if problem:
+        raise OSError(f"expected a file that can be written, got {path}: {problem}")
