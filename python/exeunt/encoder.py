@@ -130,7 +130,10 @@ class AttachedEncoder:
             )
         if not isinstance(recipe.heads, ClassifierHeads):
             got = "none" if recipe.heads is None else type(recipe.heads).__name__
-            raise ValueError(f"attach: expected a recipe with ClassifierHeads for an encoder, got {got}")
+            raise ValueError(
+                f"attach: expected a recipe with ClassifierHeads for an encoder, got {got} (a model that generates is "
+                "attached as a causal language model, with its output embedding)"
+            )
         bare = [e for e in exits if e not in recipe.heads]
         if bare:
             raise ValueError(f"attach: expected an exit head at every exit, got none at {bare}")
