@@ -235,6 +235,8 @@ class LayerFunction:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Of a call as the model made it: hidden states, and the other arguments by name."""
+        if len(args) == 1 and self._keyword == CACHE_KEYWORD:  # nearly always
+            return args[0], dict(kwargs)  # the caller adds to it
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if self._keyword in named:
             named[CACHE_KEYWORD] = named.pop(self._keyword)
