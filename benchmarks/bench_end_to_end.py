@@ -16,7 +16,15 @@ import time
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import exeunt
 from exeunt.confidence import Confidence
@@ -102,6 +110,43 @@ def test_never_exits(benchmark, models, dtype, batch):
     with exeunt.attach(twin, exeunt.recipes.calm([7, 11], math.inf, confidence=FREE)):
         sides = {"stock": decoding(model, batch), "exeunt": decoding(twin, batch)}
         compare(benchmark, f"never exits, {dtype}, B={batch}", sides)
+
+
+def other_family(name):
+    """A random model of another family with the same number of layers and hidden size."""
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = GPT2Config(vocab_size=32000, n_embd=1024, n_layer=LAYERS, n_head=16, eos_token_id=None)
+        return GPT2LMHeadModel(config).eval()
+    config = T5Config(
+        vocab_size=32000, d_model=1024, d_kv=64, d_ff=2816, num_layers=LAYERS, num_decoder_layers=LAYERS, num_heads=16,
+        eos_token_id=None, decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_other_families_never_exit(benchmark, family, batch):
+    """The same overhead where layers take other arguments and return tuples (GPT-2), and beside an encoder (T5)."""
+    model = other_family(family)
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    prompt, ids = torch.full((batch, PROMPT), 5), torch.full((batch, 1), 7)
+    encoder = {"encoder_outputs": model.encoder(input_ids=prompt)} if family == "t5" else {}
+    name = "decoder_input_ids" if encoder else "input_ids"
+
+    def steps(side):
+        with torch.inference_mode():
+            cache = side(**{name: prompt}, **encoder, use_cache=True).past_key_values
+
+        def step():
+            with torch.inference_mode():
+                side(**{name: ids}, **encoder, past_key_values=cache)
+
+        return step
+
+    with exeunt.attach(twin, exeunt.recipes.calm([7, 11], math.inf, confidence=FREE)):
+        compare(benchmark, f"never exits, {family}, fp32, B={batch}", {"stock": steps(model), "exeunt": steps(twin)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
