@@ -67,6 +67,8 @@ void kv_fill(const KvFillParams& p) {
   const double work = static_cast<double>(p.rows * p.width) * static_cast<double>((p.until - first) * p.heads);
   const int threads = work * static_cast<double>(p.head_size) < kSerialWork ? 1 : std::max(1, p.threads);
   const int64_t units = 2 * p.heads;  // of a layer: its heads' keys, then their values
+  // A thread takes several in a row, since it fetches the next one ahead; yet enough runs that slow threads take fewer.
+  const int64_t run = std::clamp<int64_t>((p.until - first) * units / (8 * threads), 1, units);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -85,7 +87,7 @@ void kv_fill(const KvFillParams& p) {
         if (n < rows_of(layer))
           isa.kv_fill_pack(p, p.layers[layer], standard + n * p.width, row, n, packed_rows(layer));
       }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run)
       for (int64_t i = 0; i < (end - begin) * units; ++i) {
         const auto unit = [&](int64_t at) {
           return std::tuple(begin + at / units, at % units < p.heads, at % p.heads);
