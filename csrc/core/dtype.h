@@ -84,4 +84,15 @@ EXEUNT_HOST_DEVICE static inline int64_t element_bytes(DType dtype) {
   return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2;
 }
 
+// use(T*) with the element type that the dtype names. Static, so that objects of an instruction set may call it.
+template <class Use>
+static inline void typed(const void* data, DType dtype, Use use) {
+  if (dtype == DType::float32)
+    use(static_cast<const float*>(data));
+  else if (dtype == DType::bfloat16)
+    use(static_cast<const BFloat16*>(data));
+  else
+    use(static_cast<const Float16*>(data));
+}
+
 }  // namespace exeunt

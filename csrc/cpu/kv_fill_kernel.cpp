@@ -13,17 +13,6 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-// use(T*) with the element type that the dtype names.
-template <class Use>
-EXEUNT_INLINE void typed_vector(const void* data, DType dtype, Use&& use) {
-  if (dtype == DType::float32)
-    use(static_cast<const float*>(data));
-  else if (dtype == DType::bfloat16)
-    use(static_cast<const BFloat16*>(data));
-  else
-    use(static_cast<const Float16*>(data));
-}
-
 // Norm over the head, in double as all statistics of norms.
 EXEUNT_INLINE void normalise_head(float* z, const KvFillParams& p, const KvLayer& layer, int64_t head) {
   const double size = static_cast<double>(p.head_size);
@@ -68,9 +57,9 @@ void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* sta
                   PackedRows x) {
   const double shift = p.shift;
   if (layer.norm_weight) {
-    typed_vector(layer.norm_weight, p.dtype, [&](auto* w) {
+    typed(layer.norm_weight, p.dtype, [&](auto* w) {
       if (layer.norm_bias)
-        typed_vector(layer.norm_bias, p.dtype, [&](auto* b) {
+        typed(layer.norm_bias, p.dtype, [&](auto* b) {
           for (int64_t d = 0; d < p.width; ++d)
             row[d] = static_cast<float>(standard[d] * (to_float(w[d]) + shift) + to_float(b[d]));
         });

@@ -20,17 +20,6 @@ double sum_of(int64_t width, F f) {
   return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
-// use(T*) with the element type that the dtype names.
-template <class Use>
-void typed(const void* data, DType dtype, Use use) {
-  if (dtype == DType::float32)
-    use(static_cast<const float*>(data));
-  else if (dtype == DType::bfloat16)
-    use(static_cast<const BFloat16*>(data));
-  else
-    use(static_cast<const Float16*>(data));
-}
-
 // wide[0..width) = the row that begins at element `at` of hidden, without its mean (layer) and divided by its size.
 // Statistics are taken in double: D is short beside the product, and squares of large hidden values cannot overflow.
 inline void standardise(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps,
