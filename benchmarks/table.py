@@ -11,12 +11,16 @@ import json
 from pathlib import Path
 
 
+def setup(results: dict) -> str:
+    """Where the figures come from, and what they are."""
+    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
+    return f"{machine}, {results['benchmarks'][0]['extra_info']['threads']} threads, medians in ms"
+
+
 def table(results: dict) -> str:
     """Markdown table of bench_exit_stats.py, one row a shape."""
-    first = results["benchmarks"][0]["extra_info"]
-    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
     lines = [
-        f"{machine}, {first['threads']} threads, medians in ms. Floor: the slower of one read of the head (r) and its "
+        f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
         "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's.",
         "",
         "| V x D | dtype | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
@@ -35,10 +39,8 @@ def table(results: dict) -> str:
 
 def fills(results: dict) -> str:
     """Markdown table of bench_kv_fill.py, one row a case."""
-    first = results["benchmarks"][0]["extra_info"]
-    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
     lines = [
-        f"{machine}, {first['threads']} threads, medians in ms. Floor: one read of the weights; in brackets the part "
+        f"{setup(results)}. Floor: one read of the weights; in brackets the part "
         "of its speed that is reached. Others: in brackets times kv_fill's.",
         "",
         "| 16 layers, D=2048, 8 heads of 64 | floor | kv_fill | one by one | torch, layer by layer |",
@@ -55,10 +57,9 @@ def fills(results: dict) -> str:
 
 def pairs(results: dict) -> str:
     """Markdown table of comparisons of two sides that ran in turns, one row a case."""
-    first = results["benchmarks"][0]["extra_info"]
-    machine = results["machine_info"]["cpu"].get("brand_raw", results["machine_info"]["machine"])
-    setup = f"{machine}, {first['threads']} threads, medians in ms a token ({first['clock']})"
-    lines = [f"{setup}; speed: times the other side's; allowed: by bytes, or by a model cut to those layers.", ""]
+    clock = results["benchmarks"][0]["extra_info"]["clock"]
+    terms = "speed: times the other side's; allowed: by bytes, or by a model cut to those layers."
+    lines = [f"{setup(results)} a token ({clock}); {terms}", ""]
     lines += ["| case | other side | exeunt | speed | allowed |", "|---|---|---|---|---|"]
     for b in results["benchmarks"]:
         info = b["extra_info"]

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exeunt.calibration import Calibration
 from exeunt.encoder import AttachedEncoder
@@ -45,6 +45,7 @@ from exeunt.models import (
     own_cache,
     spread,
 )
+from exeunt.plug import Plug
 from exeunt.recipes import Recipe
 from exeunt.report import Report
 from exeunt.states import Drop
@@ -54,8 +55,6 @@ if TYPE_CHECKING:
     from exeunt.cache import ExitCacheLayer, GenerationState
 
 __all__ = ["Attached", "attach"]
-
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class _UnderWay(threading.local):
@@ -128,7 +127,7 @@ def attach(
     return Attached(model, recipe, calibration)
 
 
-class Attached:
+class Attached(Plug):
     """Exits on a model: made by :func:`attach`, undone by :meth:`detach` or by leaving the ``with`` block.
 
     Attributes
@@ -150,47 +149,25 @@ class Attached:
             from exeunt import cache, limits  # here, since they import transformers, which the ops do without
         except ImportError as missing:
             raise ImportError("attach needs transformers: pip install exeunt[hf]") from missing
-        if model in _attached:
-            raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
+        self._refuse_twice(model)
         self._cache, self._limits = cache, limits
         limits.check_model(model)
         self.structure: Structure = discover(model)
         self.depth = len(self.structure.layers)
         recipe = recipe.over(self.depth)
-        if calibration is not None:
-            if not isinstance(calibration, Calibration):
-                calibration = Calibration.load(calibration)
-            recipe = calibration.apply(model, recipe)
-        self.model, self.recipe, self.calibration = model, recipe, calibration
+        self.calibration = self._loaded(calibration)
+        if self.calibration is not None:
+            recipe = self.calibration.apply(model, recipe)
+        self.model, self.recipe = model, recipe
         if isinstance(recipe.state, Drop):
             raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
         self._state = recipe.state
         self._points = ExitPoints(self.structure, recipe)
         self._weights = KeyValueWeights.find(self.structure)
         self._local = _UnderWay()
-        self._undo: list[Callable[[], None]] = []
         self.reset_report()
-        try:
-            self._install()
-        except BaseException:
-            self.detach()
-            raise
-        _attached.add(model)
-
-    def __enter__(self) -> Attached:
-        """Return itself; the exits are already on."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Detach."""
-        self.detach()
-
-    def detach(self) -> None:
-        """Restore the model; calling it again does nothing."""
-        while self._undo:
-            self._undo.pop()()
-        _attached.discard(self.model)
+        self._put_on()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -269,20 +246,6 @@ class Attached:
                     state.full_depth, state.max_length, state.stop_ids = False, None, None
 
         self._set(self.model, "generate", types.MethodType(generate, self.model))
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute, to be undone."""
-        present, old = name in vars(owner), vars(owner).get(name)
-        value.__func__.__name__ = name  # by which a pickled copy finds the method of its own class
-
-        def undo() -> None:
-            if present:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
-
-        setattr(owner, name, value)
-        self._undo.append(undo)
 
     # ---- a forward of the model
 

@@ -23,7 +23,6 @@ import os
 import threading
 import time
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -37,14 +36,13 @@ from exeunt.confidence import ExitPoint
 from exeunt.encoder_batch import Forward, Group
 from exeunt.heads import ExitHead
 from exeunt.models.encoder_structure import discover_encoder, first_tensor, named, parameters_of
+from exeunt.plug import Plug
 from exeunt.policies import At, Evidence, keep
 from exeunt.recipes import Recipe
 from exeunt.row_report import RowReport
 from exeunt.stats import ExitStats
 
 __all__ = ["AttachedEncoder"]
-
-_attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _UnderWay(threading.local):
@@ -54,7 +52,7 @@ class _UnderWay(threading.local):
     ended: Forward | None = None  # whose logits are still to come
 
 
-class AttachedEncoder:
+class AttachedEncoder(Plug):
     """Exits on an encoder: made by :func:`exeunt.attach`, undone by :meth:`detach` or by leaving the ``with`` block.
 
     Attributes
@@ -75,40 +73,18 @@ class AttachedEncoder:
         *,
         buckets: bool = True,
     ) -> None:
-        if model in _attached:
-            raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
+        self._refuse_twice(model)
         self.structure = discover_encoder(model)
+        calibration = self._loaded(calibration)
         if calibration is not None:
-            if not isinstance(calibration, Calibration):
-                calibration = Calibration.load(calibration)
             recipe = calibration.apply(model if hasattr(model, "config") else self.structure.encoder, recipe)
         self.depth = len(self.structure.layers)
         self.model, self.recipe = model, recipe.over(self.depth)
         self._buckets = buckets
         self._check_recipe()
         self._local = _UnderWay()
-        self._undo: list[Callable[[], None]] = []
         self.reset_report()
-        try:
-            self._install()
-        except BaseException:
-            self.detach()
-            raise
-        _attached.add(model)
-
-    def __enter__(self) -> AttachedEncoder:
-        """Return itself; the exits are already on."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Detach."""
-        self.detach()
-
-    def detach(self) -> None:
-        """Restore the model; calling it again does nothing."""
-        while self._undo:
-            self._undo.pop()()
-        _attached.discard(self.model)
+        self._put_on()
 
     def report(self) -> RowReport:
         """Everything counted since attach or :meth:`reset_report`."""
@@ -165,9 +141,9 @@ class AttachedEncoder:
     def _install(self) -> None:
         s = self.structure
         for layer in dict.fromkeys(s.layers):
-            self._set(layer, self._layer(layer))
+            self._set(layer, "forward", types.MethodType(self._layer(layer), layer))
         if s.output is not None:
-            self._set(s.output, self._output(s.output))
+            self._set(s.output, "forward", types.MethodType(self._output(s.output), s.output))
         names = parameters_of(s.encoder)
 
         # Functions, not methods of this object: a deep copy of the model copies its hooks.
@@ -181,19 +157,6 @@ class AttachedEncoder:
 
         self._undo.append(s.encoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
         self._undo.append(s.encoder.register_forward_hook(end).remove)
-
-    def _set(self, module: Any, forward: Callable[..., Any]) -> None:
-        """Replace the forward of an instance, to be undone."""
-        old = vars(module).get("forward")
-
-        def undo() -> None:
-            if old is None:
-                del module.forward
-            else:
-                module.forward = old
-
-        module.forward = types.MethodType(forward, module)
-        self._undo.append(undo)
 
     # ---- a forward of the model
 

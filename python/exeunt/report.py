@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -9,6 +10,11 @@ from torch import Tensor
 __all__ = ["Report"]
 
 FINISHED = -1
+
+
+def count_depths(exit_layers: list[Tensor]) -> dict[int, int]:
+    """How often each layer stands in [B] tensors of them, ascending."""
+    return dict(sorted(Counter(depth for depths in exit_layers for depth in depths.tolist()).items()))
 
 
 @dataclass
@@ -73,11 +79,7 @@ class Report:
     @property
     def histogram(self) -> dict[int, int]:
         """Tokens by the layer after which they left (L-1: full depth, -1: row had ended), ascending."""
-        counts: dict[int, int] = {}
-        for depths in self.exit_layers:
-            for depth in depths.tolist():
-                counts[depth] = counts.get(depth, 0) + 1
-        return dict(sorted(counts.items()))
+        return count_depths(self.exit_layers)
 
     @property
     def layers_per_token(self) -> float:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from exeunt.report import count_depths
+
 __all__ = ["RowReport"]
 
 
@@ -59,11 +61,7 @@ class RowReport:
     @property
     def histogram(self) -> dict[int, int]:
         """Rows by the layer after which they left (L-1: full depth), ascending."""
-        counts: dict[int, int] = {}
-        for depths in self.exit_layers:
-            for depth in depths.tolist():
-                counts[depth] = counts.get(depth, 0) + 1
-        return dict(sorted(counts.items()))
+        return count_depths(self.exit_layers)
 
     @property
     def layers_per_row(self) -> float:

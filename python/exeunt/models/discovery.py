@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn import functional as F
 
 from exeunt.models.families import CACHE_KEYWORDS, LOGIT_BIAS, LOGIT_SCALES, SOFTCAP
 from exeunt.models.layer_call import KeyValues, LayerCall, LayerFunction, RowTaker, own_cache, stand_in
-from exeunt.models.structure import FinalNorm, HeadForm, Structure
+from exeunt.models.structure import FinalNorm, HeadForm, Structure, eps_of, evaluating
 
 __all__ = ["discover"]
 
@@ -61,7 +59,7 @@ def discover(model: Any) -> Structure:
             raise ValueError(
                 f"attach: expected decoder layers that take past_key_values, got {type(layer).__name__} which does not"
             )
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         trace = _trace(model, decoder, stack, head)
         form = _head_form(model, head, trace)
         batched = _batched(model, trace.layers)
@@ -91,17 +89,6 @@ def _stack(model: Any) -> tuple[Any, nn.ModuleList]:
     raise ValueError(
         f"attach: expected a causal language model with a stack of decoder layers, got {type(model).__name__}"
     )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # ---- trial forwards
@@ -298,7 +285,7 @@ def _final_norm(tail: tuple[nn.Module, ...], weight: Tensor) -> FinalNorm | None
     norm: Any = tail[0] if len(tail) == 1 else None
     if not isinstance(getattr(norm, "weight", None), Tensor) or norm.weight.dim() != 1:
         return None
-    eps = next((float(getattr(norm, k)) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), None)
+    eps = eps_of(norm)
     if eps is None or norm.weight.device.type == "meta":
         return None
     x = torch.randn(4, norm.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(norm.weight)

@@ -8,13 +8,13 @@ from, and from which layer on nothing happens between one layer and the next.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from exeunt.models.structure import evaluating
 
 __all__ = ["EncoderStructure", "Layout", "discover_encoder", "encoder_in"]
 
@@ -228,7 +228,7 @@ def _watch(model: Any, encoder: Any, stack: list[nn.Module], batch: int, length:
     ids = torch.full((batch, length), ((getattr(config, "pad_token_id", None) or 0) + 1) % config.vocab_size)
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
-    with restored(model):
+    with evaluating(model):
         try:
             out = model(input_ids=ids.to(device), attention_mask=mask.to(device))
         finally:
@@ -262,18 +262,6 @@ def named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 def first_tensor(output: Any) -> Any:
     """What a layer or an encoder returns first."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def restored(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; every module goes back to its own mode afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _longest(encoder: Any) -> int | None:

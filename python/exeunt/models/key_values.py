@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exeunt.models.structure import eps_of, evaluating
 from exeunt.ops import DTYPES, KVCache, KVLayer, KVStack, kv_fill
 from exeunt.ops._backend import cpu
 
@@ -153,15 +154,13 @@ def _observe(model: Any, layers: tuple[nn.Module, ...], vocabulary: int) -> list
         taken.append((hidden[0].detach().clone(), rotary_of(kwargs)))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    training = model.training
     cache: Any = DynamicCache()
     device = next(model.parameters()).device
     try:
-        model.eval()
         ids = torch.arange(1, _TOKENS + 1, device=device).remainder(vocabulary)[None]
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        with evaluating(model):
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if len(taken) != len(layers) or len(cache.layers) != len(layers):
@@ -244,8 +243,8 @@ def _layer_of(parts: _Parts, facts: _Facts, heads: int, size: int) -> KVLayer | 
 
 def _stack_of(layers: list[KVLayer], parts: list[_Parts], facts: _Facts) -> KVStack | None:
     """A stack of such layers; None where they differ in what kv_fill takes as one."""
-    eps = {_eps(p.norm) for p in parts}
-    key_eps = {_eps(p.key_norm) for p in parts}
+    eps = {eps_of(p.norm) or 0.0 for p in parts}
+    key_eps = {eps_of(p.key_norm) or 0.0 for p in parts}
     if len(eps) > 1 or len(key_eps) > 1:
         return None
     try:
@@ -255,10 +254,6 @@ def _stack_of(layers: list[KVLayer], parts: list[_Parts], facts: _Facts) -> KVSt
         )  # fmt: skip
     except (ValueError, TypeError):
         return None
-
-
-def _eps(norm: Any) -> float:
-    return next((float(getattr(norm, k)) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), 0.0)
 
 
 def _agrees(parts: _Parts, seen: _Seen, facts: _Facts) -> bool | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,24 @@ from torch import Tensor, nn
 from exeunt import ops
 from exeunt.stats import ExitStats
 
-__all__ = ["FinalNorm", "HeadForm", "Structure"]
+__all__ = ["FinalNorm", "HeadForm", "Structure", "eps_of", "evaluating"]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; every module goes back to its own mode afterwards."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def eps_of(norm: Any) -> float | None:
+    """The eps of a norm, whatever its family calls it; None where it has none."""
+    return next((float(getattr(norm, k)) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""What an attached model has in common, decoder or encoder: exits are put on it once, and taken off without a trace."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from exeunt.calibration import Calibration
+
+__all__ = ["Plug"]
+
+_Own = TypeVar("_Own", bound="Plug")
+
+_attached: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class Plug:
+    """Sets attributes of a model's modules, each with its undoing.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model.
+    """
+
+    model: Any
+    _undo: list[Callable[[], None]]
+
+    @staticmethod
+    def _refuse_twice(model: Any) -> None:
+        if model in _attached:
+            raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
+
+    @staticmethod
+    def _loaded(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
+        """A calibration that may be given as a path."""
+        if calibration is None or isinstance(calibration, Calibration):
+            return calibration
+        return Calibration.load(calibration)
+
+    def _put_on(self) -> None:
+        """Install; what fails halfway leaves nothing behind."""
+        self._undo = []
+        try:
+            self._install()
+        except BaseException:
+            self.detach()
+            raise
+        _attached.add(self.model)
+
+    def _install(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _Own) -> _Own:
+        """Return itself; the exits are already on."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def detach(self) -> None:
+        """Restore the model; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        _attached.discard(self.model)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute, to be undone."""
+        present, old = name in vars(owner), vars(owner).get(name)
+        value.__func__.__name__ = name  # by which a pickled copy finds the method of its own class
+
+        def undo() -> None:
+            if present:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+        setattr(owner, name, value)
+        self._undo.append(undo)
