@@ -46,10 +46,12 @@ from exeunt.models import (
     spread,
 )
 from exeunt.plug import Plug
+from exeunt.policies import WordPolicy
 from exeunt.recipes import Recipe
 from exeunt.report import Report
-from exeunt.states import Drop
+from exeunt.states import Drop, Freeze
 from exeunt.step import Step
+from exeunt.token_encoder import AttachedTagger
 
 if TYPE_CHECKING:
     from exeunt.cache import ExitCacheLayer, GenerationState
@@ -123,6 +125,8 @@ def attach(
     {1: 3}
     """
     if encoder_in(model) is not None:
+        if isinstance(recipe.policy, WordPolicy):
+            return AttachedTagger(model, recipe, calibration)
         return AttachedEncoder(model, recipe, calibration, buckets=buckets)
     return Attached(model, recipe, calibration)
 
@@ -160,8 +164,10 @@ class Attached(Plug):
         if self.calibration is not None:
             recipe = self.calibration.apply(model, recipe)
         self.model, self.recipe = model, recipe
-        if isinstance(recipe.state, Drop):
-            raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
+        if isinstance(recipe.state, (Drop, Freeze)):
+            raise ValueError(
+                f"attach: expected a state strategy for a language model's skipped layers, got {recipe.state}"
+            )
         self._state = recipe.state
         self._points = ExitPoints(self.structure, recipe)
         self._weights = KeyValueWeights.find(self.structure)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from exeunt.models import KeyValues, LayerCall
 
-__all__ = ["Drop", "Propagate"]
+__all__ = ["Drop", "Freeze", "Propagate"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,30 @@ class Drop:
     >>> exeunt.states.Drop()
     Drop()
     """
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """The state in which a word of a tagger halted: later layers read keys and values from it (TOKEE).
+
+    Parameters
+    ----------
+    norm : {"post", "pre"}
+        What is frozen: the layer's output, or what its last norm reads, so that each later layer applies its own norm
+        to it and the state still changes a little. In models that normalise before their products both are the same.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> exeunt.states.Freeze("pre")
+    Freeze(norm='pre')
+    """
+
+    norm: Literal["post", "pre"] = "post"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("post", "pre"):
+            raise ValueError(f"Freeze: norm must be 'post' or 'pre', got {self.norm!r}")
 
 
 @dataclass(frozen=True)

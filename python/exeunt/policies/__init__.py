@@ -52,6 +52,7 @@ from exeunt.policies.depth import Falling, FixedDepth, Oracle
 from exeunt.policies.labels import Patience, Vote, Window
 from exeunt.policies.protocol import At, Evidence, FirstOf, Policy, Position, State, keep
 from exeunt.policies.threshold import Decay, Threshold
+from exeunt.policies.words import Sentence, WordPolicy, WordWindow
 
 __all__ = [
     "Accumulate",
@@ -66,9 +67,12 @@ __all__ = [
     "Patience",
     "Policy",
     "Position",
+    "Sentence",
     "State",
     "Threshold",
     "Vote",
     "Window",
+    "WordPolicy",
+    "WordWindow",
     "keep",
 ]
