@@ -16,6 +16,7 @@ from exeunt import (
     reference,
     replay,
     states,
+    words,
 )
 from exeunt.attach import Attached, attach
 from exeunt.cascade import Cascade
@@ -42,4 +43,5 @@ __all__ = [
     "reference",
     "replay",
     "states",
+    "words",
 ]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from exeunt import ops
 from exeunt.models.encoder_structure import EncoderStructure, watched
+from exeunt.models.structure import evaluating
 
 __all__ = ["KINDS", "Tokens", "TokenLayer", "token_layers"]
 
@@ -371,16 +372,15 @@ def token_layers(structure: EncoderStructure) -> list[TokenLayer]:
         )
     try:
         layers = [KINDS[type(layer).__name__](layer) for layer in structure.layers]
-        calls = watched(structure)
-        for size, mask, found in calls:
-            tokens = _tokens(mask)
-            for parts, call in zip(layers, found, strict=True):
-                counted = mask.reshape(-1).nonzero()[:, 0]
-                out, _ = parts(call.hidden.reshape(-1, call.hidden.shape[-1])[counted], call.arguments, tokens)
-                want = call.output.reshape(-1, call.output.shape[-1])[counted]
-                room = 64 * torch.finfo(want.dtype).eps * float(want.abs().max().clamp_min(1))
-                if not float((out - want).abs().max()) <= room:
-                    raise ValueError(f"difference {float((out - want).abs().max()):.1e} with {size[0]} rows")
+        with evaluating(structure.model):
+            for size, mask, calls in watched(structure):
+                tokens, counted = _tokens(mask), mask.reshape(-1).nonzero()[:, 0]
+                for parts, call in zip(layers, calls, strict=True):
+                    out, _ = parts(call.hidden.flatten(0, 1)[counted], call.arguments, tokens)
+                    want = call.output.flatten(0, 1)[counted]
+                    room = 64 * torch.finfo(want.dtype).eps * float(want.abs().max().clamp_min(1))
+                    if not float((out - want).abs().max()) <= room:
+                        raise ValueError(f"difference {float((out - want).abs().max()):.1e} with {size[0]} rows")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as reason:
         raise ValueError(
             f"attach: words cannot leave on their own in {name}, whose layers do not equal their known parts "

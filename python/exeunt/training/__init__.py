@@ -18,6 +18,7 @@ from exeunt.training.objectives import (
     parse,
 )
 from exeunt.training.recording import Recording, record
+from exeunt.training.tagging import SelfSampling, Tagging
 from exeunt.training.text import Windows, tokenised
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "ProbeLoss",
     "Recorded",
     "Recording",
+    "SelfSampling",
     "StateTerm",
+    "Tagging",
     "Windows",
     "adamw",
     "depth_weights",
