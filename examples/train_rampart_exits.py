@@ -36,7 +36,7 @@ from exeunt.training.loop import digest
 from exeunt.training.text import take
 from exeunt.words import word_map
 
-LENGTH, BATCH = 128, 16
+LENGTH, BATCH = 128, 8
 SENTENCES = (
     "My name is {first_name} {last_name} and I live at {building_number} {street_name} in {city}, {state} {zip}.",
     "Please ship it to {first_name} {last_name}, {building_number} {street_name}, {secondary}, {city}, {abbr} {zip}.",
@@ -92,8 +92,8 @@ def rampart() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder(), local_files_only=True)
 
 
-def texts(count: int, seed: int) -> list[str]:
-    """Mails, forms and notes of one to eight sentences, a third of them without anything personal."""
+def texts(count: int, seed: int, sentences: tuple[int, int] = (1, 8)) -> list[str]:
+    """Mails, forms and notes of so many sentences, a third of which hold nothing personal."""
     from faker import Faker
 
     fake = Faker("en_US")
@@ -118,7 +118,8 @@ def texts(count: int, seed: int) -> list[str]:
             return str(fake.sentence(int(rng.integers(5, 16))))
         return SENTENCES[int(rng.integers(len(SENTENCES)))].format_map(Filled())
 
-    return [" ".join(sentence() for _ in range(int(rng.integers(1, 9)))) for _ in range(count)]
+    low, high = sentences
+    return [" ".join(sentence() for _ in range(int(rng.integers(low, high + 1)))) for _ in range(count)]
 
 
 @torch.no_grad()
@@ -126,12 +127,12 @@ def tensors(model: Any, tokenizer: Any, some: list[str], title: str) -> tuple[Te
     """Ids, mask, words and what the tagger says, [N, S] each."""
     coded = tokenizer(some, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     ids, mask, words = coded["input_ids"], coded["attention_mask"], word_map(coded)
-    labels = torch.cat(
-        [
-            model(input_ids=i, attention_mask=m).logits.argmax(-1)
-            for i, m in track(list(zip(ids.split(64), mask.split(64), strict=True)), title, console=CONSOLE)
-        ]
-    )
+    labels = torch.full_like(ids, -100)
+    for rows in track(mask.sum(1).argsort().split(32), title, console=CONSOLE):  # of similar length
+        width = int(mask[rows].sum(1).max())
+        with torch.autocast("cpu", torch.bfloat16):
+            said = model(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).logits.argmax(-1)
+        labels[rows, :width] = said
     return ids, mask, words, labels.masked_fill(words == 0, -100)
 
 
@@ -184,16 +185,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoints, the trained tagger and its heads")
-    add("--texts", type=int, default=2500, help="train on so many; default 2500")
-    add("--steps", type=int, nargs=2, default=(400, 150), help="of both stages; default 400 150")
+    add("--texts", type=int, default=1600, help="train on so many; default 1600")
+    add("--steps", type=int, nargs=2, default=(300, 80), help="of both stages; default 300 80")
     add("--rate", type=float, default=1e-3, help="of the heads; the encoder's is a tenth of it; default 0.001")
     add("--norm", choices=("post", "pre"), default="post", help="what is frozen of a word that halts; default post")
     add("--seed", type=int, default=0, help="of texts and order; default 0")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = rampart()
-    held_out = tensors(model, tokenizer, texts(400, 10_000 + args.seed), "Held-out labels")
-    train = tensors(model, tokenizer, texts(args.texts, args.seed), "Labels")
+    held_out = tensors(model, tokenizer, texts(100, 10_000 + args.seed), "Held-out labels")
+    train = tensors(model, tokenizer, texts(args.texts, args.seed, (1, 4)), "Labels")
     heads = new_heads(model)
     sampler = None
     for stage, steps in enumerate(args.steps, 1):

@@ -5,6 +5,7 @@ Decisions are made word by word in plain Python. Halted tokens get their frozen 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -46,7 +47,7 @@ def doubts(logits, name):
     p = logits.double().softmax(-1)
     if name == "max_prob":
         return [-float(x) for x in p.amax(-1)]
-    return [float(x) for x in -(p * p.log()).sum(-1) / math.log(logits.shape[-1])]
+    return [float(x) for x in torch.special.entr(p).sum(-1) / math.log(logits.shape[-1])]
 
 
 class Row:
@@ -71,13 +72,22 @@ class Row:
         return [k for k in near if self.segments[k] == self.segments[j]]
 
 
+@functools.lru_cache(1)
+def found_of(model):
+    """The structure of a model, and the last norm of each of its layers."""
+    structure = discover_encoder(model, tokens=True)
+    last = ("output.LayerNorm", "output_layer_norm")
+    return structure, [dict(layer.named_modules()).get(last[0], dict(layer.named_modules()).get(last[1]))
+                       for layer in structure.layers]  # fmt: skip
+
+
 @torch.no_grad()
 def oracle(model, heads, ids, words, decide, *, norm="post", pieces="all", transitions=None, drop_keys=False):
     """Logits [S, C], the layer after which each token stopped, and the least distance of a score to its threshold.
 
     ``decide(layer, row, logits of words, halted)`` returns one bool a word and the distance to the nearest threshold.
     """
-    structure = discover_encoder(model, tokens=True)
+    structure, norms = found_of(model)
     last, length, row = len(structure.layers) - 1, len(ids), Row(words)
     state = {
         "frozen": torch.zeros(length, dtype=torch.bool), "depth": torch.full((length,), last), "logits": {},
@@ -134,9 +144,7 @@ def oracle(model, heads, ids, words, decide, *, norm="post", pieces="all", trans
         return h if isinstance(output, torch.Tensor) else (h, *output[1:])
 
     if norm == "pre":
-        from exeunt.models.token_layers import token_layers
-
-        state["norm"] = [parts.norm for parts in token_layers(structure)]
+        state["norm"] = norms
         for n in state["norm"]:
             undo.append(n.register_forward_pre_hook(lambda m, a: state.update(before=a[0][0]) if a[0].dim() == 3 else None))
     for layer in structure.layers:
