@@ -116,13 +116,52 @@ def ragged_attention(
 
 def _forward(*args: Any) -> Tensor:
     """The op for every device."""
+    _check(*args)
+    if args[0].is_cpu and _backend.cpu is not None:
+        return _kernel(*args)
+    return _fallback(*args)
+
+
+def _kernel(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, q_indptr: Tensor, rows: Tensor, kv_len: Tensor,
+    kv_start: Tensor | None, positions: Tensor | None, causal: bool, window: int | None, softcap: float | None,
+    scale: float | None, alibi: Tensor | None, bias: Tensor | None, pages: Tensor | None, count: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The CPU kernel, which checks what the lists say before it writes anything."""
+    (tokens, heads, size), (held, kv_heads, slots, value_size) = q.shape, v_cache.shape
+    out = torch.empty((tokens, heads, value_size), dtype=q.dtype)
+    q_indptr, rows, kv_len = _list(q_indptr), _list(rows), _list(kv_len)  # type: ignore[assignment]
+    kv_start, positions = _list(kv_start), _list(positions)
+    alibi = None if alibi is None else alibi.contiguous()
+    entries = rows.shape[0]
+    assert _backend.cpu is not None
+    _backend.cpu.ragged_attention(
+        (q.data_ptr(), *q.stride()), (k_cache.data_ptr(), *k_cache.stride()[:3]),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]), _backend.DTYPES[q.dtype],
+        (tokens, heads, kv_heads, size, value_size, held, slots), q_indptr.data_ptr(), rows.data_ptr(),
+        kv_len.data_ptr(), _backend.pointer(kv_start), _backend.pointer(positions), entries,
+        entries if count is None else int(count), causal, window or 0, softcap or 0.0,
+        size**-0.5 if scale is None else scale, _backend.pointer(alibi),
+        (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()),
+        0 if bias is None else _backend.DTYPES[bias.dtype], 0 if bias is None else bias.shape[2],
+        (0, 0, 0, 0) if pages is None else (pages.data_ptr(), *pages.stride(), 0),
+        *((0, 0) if pages is None else pages.shape), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _list(t: Tensor | None) -> Tensor | None:
+    """A list as the kernel reads it."""
+    return t if t is None or (t.dtype == torch.int64 and t.is_contiguous()) else t.long().contiguous()
+
+
+def _fallback(*args: Any) -> Tensor:
+    """The reference, where there is no kernel."""
     from exeunt import reference
 
-    _check(*args)
-    q = args[0]
-    if q.is_cpu:
-        _check_lists(q, *args[1:8], *args[13:])
-    _backend.warn_fallback("ragged_attention", q.device)
+    if args[0].is_cpu:
+        _check_lists(args[0], *args[1:8], *args[13:])
+    _backend.warn_fallback("ragged_attention", args[0].device)
     names = ("kv_start", "positions", "causal", "window", "softcap", "scale", "alibi", "bias", "pages", "count")
     return reference.ragged_attention(*args[:6], **dict(zip(names, args[6:], strict=True)))
 
