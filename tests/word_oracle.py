@@ -143,10 +143,13 @@ def oracle(model, heads, ids, words, decide, *, norm="post", pieces="all", trans
             h[0, t] = state["norm"][state["layer"]](kept) if norm == "pre" else kept
         return h if isinstance(output, torch.Tensor) else (h, *output[1:])
 
+    def noted(module, args):
+        if args[0].dim() == 3:  # not the oracle's own call
+            state["before"] = args[0][0]
+
     if norm == "pre":
         state["norm"] = norms
-        for n in state["norm"]:
-            undo.append(n.register_forward_pre_hook(lambda m, a: state.update(before=a[0][0]) if a[0].dim() == 3 else None))
+        undo += [n.register_forward_pre_hook(noted) for n in norms]
     for layer in structure.layers:
         undo.append(layer.register_forward_pre_hook(entered, with_kwargs=True))
         undo.append(layer.register_forward_hook(left, with_kwargs=True))

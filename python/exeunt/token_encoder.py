@@ -1,8 +1,8 @@
 """The plug for taggers: words of a batch halt between layers, each on its own, and stay visible to the others.
 
 What is replaced, on instances only: ``forward`` of each encoder layer, and of the module that makes the logits. Beside
-that a hook before the model takes the argument ``words`` (a word map, :mod:`exeunt.words`), and hooks around the encoder
-note the mask of the batch and count.
+that a hook before the model takes the argument ``words`` (a word map, :mod:`exeunt.words`), and hooks around the
+encoder note the mask of the batch and count.
 
 One forward, seen from above::
 
@@ -32,7 +32,7 @@ from exeunt.calibration import Calibration
 from exeunt.classifier_heads import LinearHead, PoolerHead, View
 from exeunt.confidence import ExitPoint
 from exeunt.encoder import AttachedEncoder
-from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, first_tensor, named, parameters_of
+from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, named, parameters_of
 from exeunt.models.token_layers import token_layers
 from exeunt.policies import At, WordPolicy
 from exeunt.recipes import Recipe

@@ -213,4 +213,3 @@ def test_rules_that_are_refused():
         tokee(norm="both")
     with pytest.raises(ValueError, match=r"transitions must be a square bool tensor \[C, C\], got \[2, 3\]"):
         WordWindow(0.5, transitions=torch.ones(2, 3).bool())
-

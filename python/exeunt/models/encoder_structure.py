@@ -181,9 +181,9 @@ def discover_encoder(model: Any, tokens: bool = False) -> EncoderStructure:
     output = classes = None
     if model is not encoder:
         output, classes = first.output, first.logits.shape[-1]
-    first = max(apart, default=0)
+    earliest = max(apart, default=0)
     return EncoderStructure(
-        model, encoder, layers, first, output, classes, _longest(encoder), layout, tokens, tuple(apart)
+        model, encoder, layers, earliest, output, classes, _longest(encoder), layout, tokens, tuple(apart)
     )
 
 
@@ -255,7 +255,11 @@ def _watch(
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     rows = (batch, length) if tokens else (batch,)
     if not isinstance(logits, Tensor) or logits.dim() != len(rows) + 1 or logits.shape[:-1] != rows:
-        what = f"every token from {name}, [{batch}, {length}, C]" if tokens else f"one row a text from {name}, [{batch}, C]"
+        what = (
+            f"every token from {name}, [{batch}, {length}, C]"
+            if tokens
+            else f"one row a text from {name}, [{batch}, C]"
+        )
         raise ValueError(f"attach: expected logits of {what}, got something else")
     makers = [m for m, o in outputs if isinstance(o, Tensor) and o.shape == logits.shape and torch.equal(o, logits)]
     if not makers:

@@ -1,4 +1,4 @@
-"""The layers of stock encoders on tokens without padding, some of which need no output: taken apart into their own modules.
+"""The layers of stock encoders on tokens without padding, of which some need no output: taken apart into their modules.
 
 A layer of which some tokens have halted needs keys and values of all tokens, and everything else for the others only.
 What is called are the layer's modules, as they are; that the parts make the layer's output is checked on the model
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from exeunt import ops
 from exeunt.models.encoder_structure import EncoderStructure, watched
 from exeunt.models.structure import evaluating
 
-__all__ = ["KINDS", "Tokens", "TokenLayer", "token_layers"]
+__all__ = ["KINDS", "TokenLayer", "Tokens", "token_layers"]
 
 
 @dataclass
@@ -57,9 +57,8 @@ class Tokens:
     @property
     def queries(self) -> Tensor:
         """[R+1] bounds of the rows among the active tokens."""
-        if self.active is None:
-            return self.bounds
-        return self.once("queries", lambda: torch.searchsorted(self.active, self.bounds))
+        active = self.active
+        return self.bounds if active is None else self.once("queries", lambda: torch.searchsorted(active, self.bounds))
 
     @property
     def slot(self) -> Tensor:
@@ -266,7 +265,7 @@ class DistilBertLayer(TokenLayer):
 
 
 class ModernBertLayer(TokenLayer):
-    """ModernBERT: normalises first, turns queries and keys by their positions, sees its neighbourhood in most layers."""
+    """ModernBERT: normalises first, turns queries and keys by position, sees its neighbourhood in most layers."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
