@@ -175,8 +175,8 @@ def main() -> None:
     times: dict[int, list[float]] = {}
     lines = [
         f"{args.texts} held-out texts for the F1 of spans against the tagger as it is shipped, texts of {LENGTH} "
-        f"tokens for the clock, {args.threads} thread(s), float32; milliseconds a text, medians of {args.rounds} interleaved "
-        f"rounds. Window and threshold of TOKEE; frozen: {args.norm}, halted words: {args.halted}.",
+        f"tokens for the clock, {args.threads} thread(s), float32; milliseconds a text, medians of {args.rounds} "
+        f"interleaved rounds. Window and threshold of TOKEE; frozen: {args.norm}, halted words: {args.halted}.",
         "",
         "| | layers of 6 | F1 | " + " | ".join(f"batch {size}" for size in TIMED) + " |",
         "|---|---|---|" + "---|" * len(TIMED),

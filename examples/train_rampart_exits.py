@@ -106,7 +106,8 @@ def texts(count: int, seed: int, sentences: tuple[int, int] = (1, 8)) -> list[st
         "secondary": fake.secondary_address, "abbr": fake.state_abbr, "phone": fake.phone_number, "email": fake.email,
         "url": fake.url, "bban": fake.bban, "aba": fake.aba, "passport": fake.passport_number, "ssn": fake.ssn,
         "license": fake.license_plate, "itin": fake.itin, "month": fake.month_name, "time": fake.time,
-        "date": lambda: fake.date(end_datetime=datetime(2026, 1, 1)), "price": lambda: str(fake.random_int(5, 900)), "job": fake.job, "company": fake.company,
+        "date": lambda: fake.date(end_datetime=datetime(2026, 1, 1)),
+        "price": lambda: str(fake.random_int(5, 900)), "job": fake.job, "company": fake.company,
         "number": lambda: str(fake.random_int(1000, 99999)), "small": lambda: str(fake.random_int(2, 30)),
     }  # fmt: skip
 
