@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from exeunt.calibration import Calibration
+from exeunt.deferred import Deferred
 from exeunt.encoder import AttachedEncoder
 from exeunt.exit_points import ExitPoints
 from exeunt.fill import fill_in
@@ -42,14 +43,17 @@ from exeunt.models import (
     Structure,
     discover,
     encoder_in,
+    hide_keys,
     own_cache,
     spread,
 )
 from exeunt.plug import Plug
+from exeunt.policies import Adaptive
 from exeunt.recipes import Recipe
 from exeunt.report import Report
-from exeunt.states import Drop
+from exeunt.states import Defer, Drop, Evict, Propagate
 from exeunt.step import Step
+from exeunt.trial import try_state
 
 if TYPE_CHECKING:
     from exeunt.cache import ExitCacheLayer, GenerationState
@@ -163,11 +167,25 @@ class Attached(Plug):
         if isinstance(recipe.state, Drop):
             raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
         self._state = recipe.state
+        self._again = isinstance(recipe.state, Defer) and recipe.state.again
+        self._evicts = isinstance(recipe.state, Evict)
+        self._adapts = isinstance(recipe.policy, Adaptive)
+        if isinstance(recipe.policy, Adaptive) and not isinstance(recipe.state, Defer):
+            raise ValueError(
+                "attach: an adaptive threshold learns from tokens that left and run deep later: expected the state "
+                f"strategy Defer, got {type(recipe.state).__name__}"
+            )
         self._points = ExitPoints(self.structure, recipe)
         self._weights = KeyValueWeights.find(self.structure)
         self._local = _UnderWay()
         self.reset_report()
         self._put_on()
+        if not isinstance(self._state, Propagate):
+            try:
+                try_state(self)
+            except BaseException:
+                self.detach()
+                raise
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -263,16 +281,24 @@ class Attached(Plug):
         length = int(cache.get_seq_length())
         state = self._limits.adopted(cache, self.depth)
         self._claim(state, cache)
+        if state.deferred is not None:
+            state.deferred.under_way = False  # a decoder that was called without its head says nothing at the end
         if count != 1 or length == 0:
             state.begin_prompt(length + count)
+            if isinstance(self.recipe.policy, Adaptive) and length == 0 and not local.paused:
+                self.recipe.policy.begin(batch)
             return None
         if state.full_depth or local.paused:
             return None
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise RuntimeError("attach: decoding with exits has no gradient: run it under torch.no_grad()")
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
-        local.step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self.structure, self._report)
-        return local.step
+        step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self.structure, self._report)
+        if state.deferred is not None:
+            state.deferred.begin(step.rows)
+            step.first = hidden if self._again else None
+        local.step = step
+        return step
 
     def _claim(self, state: GenerationState, cache: Any) -> None:
         """From here on this recipe fills the cache; what an earlier one left pending is settled first."""
@@ -287,6 +313,10 @@ class Attached(Plug):
         for layer in own_cache(cache).layers:
             layer.settle()
         state.fill, state.owner = self._fill, weakref.ref(self.model)
+        state.deferred = None
+        if isinstance(self._state, Defer):
+            deepened = self._deepened if self._adapts else None
+            state.deferred = Deferred(own_cache(cache), self._again, self._count_late, deepened)
 
     def _layer(self, i: int, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of decoder layer i."""
@@ -294,6 +324,7 @@ class Attached(Plug):
         checks = i in self._points.heads
         # Layers that a row which runs this one will surely run: what they owe is written together.
         segment_end = min((e for e in self._points.heads if e >= i), default=self.depth - 1) + 1
+        joins = i - 1 in self._points.heads or (i == 0 and self._again)  # tokens may wait for this layer
 
         @functools.wraps(type(module).forward)
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
@@ -301,11 +332,19 @@ class Attached(Plug):
                 return type(this).forward(this, *args, **kwargs)
             hidden, kwargs = stock.bind(args, kwargs)
             step = self._begin(hidden, kwargs) if i == 0 else local.step
+            if self._evicts:
+                kwargs = self._without_evicted(i, hidden.shape[1], kwargs)
             if step is None:
                 return stock(hidden, **kwargs)
             if step.running and i in step.state.pending:
                 self._settle(step.cache, i, segment_end)
-            if step.running == step.batch:
+            deferred = step.state.deferred
+            if deferred is not None:
+                if joins:
+                    deferred.gather(i, step.rows)
+                if self._again:
+                    deferred.note(step.length, i, LayerCall(stock, hidden, {**kwargs}, step.take, step.seen))
+            if step.running == step.batch and (deferred is None or deferred.company is None):
                 out = stock(hidden, **kwargs)
                 after, step.rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
             else:
@@ -315,7 +354,10 @@ class Attached(Plug):
                     return out
             self._report.layer_rows += step.running
             if checks:
+                before = step.running
                 self._points.check(i, step, hidden, after)
+                if deferred is not None and step.running < before:
+                    deferred.leave(i, step, after)
             step.hidden = after
             return out
 
@@ -326,27 +368,48 @@ class Attached(Plug):
         layer: ExitCacheLayer = step.cache.layers[i]
         after = call.hidden
         if step.running:
-            rows = step.rows
-            assert rows is not None
-            out = call.pick(rows).run(lambda own: layer.append(own, rows))
-            some, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+            deferred, rows = step.state.deferred, step.running_rows
+            if deferred is not None and deferred.company is not None:
+                some, rest = deferred.run(i, layer, (call, rows, step.length))
+            else:
+                out = call.pick(rows).run(lambda own: layer.append(own, rows))
+                some, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
             after = after.index_copy(0, rows, some)
             step.rest = spread(rest, rows, step.batch)
         if step.left is not None:
-            layer.owe(step.token, call, step.left)
+            self._state.skip(layer, i, call, step)
         return after
+
+    def _without_evicted(self, i: int, new: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of layer i with the keys hidden that it never got; ``new`` tokens are about to be run."""
+        layers = getattr(own_cache(arguments.get(CACHE_KEYWORD)), "layers", ())
+        if len(layers) <= i or not isinstance(layers[i], self._cache.ExitCacheLayer):
+            return arguments
+        absent = layers[i].absent(new)
+        return arguments if absent is None else hide_keys(arguments, absent)
 
     def _fill(self, skipped: list[tuple[LayerCall, Tensor]]) -> KeyValues:
         """Keys and values of one skipped layer by its own code: the state strategy's, counted."""
         rows = sum(len(rows) for _, rows in skipped)
         self._report.fill_ins += rows
         self._report.captures += rows
+        assert isinstance(self._state, Propagate)  # no other strategy owes anything
         return self._state.fill(skipped)
+
+    def _count_late(self, rows: int) -> None:
+        self._report.layer_rows += rows
+        self._report.late_rows += rows
+
+    def _deepened(self, scores: Tensor, labels: Tensor, hidden: Tensor) -> None:
+        self._report.head_reads += 1
+        self._points.deepened(scores, labels, hidden)
 
     def _settle(self, cache: Any, first: int = 0, until: int | None = None) -> None:
         """Write what layers of a cache owe; all of them by default."""
         layers = getattr(own_cache(cache), "layers", ())
         if layers and isinstance(layers[0], self._cache.ExitCacheLayer) and len(layers) == self.depth:
+            if layers[0].state is not None and layers[0].state.deferred is not None:
+                layers[0].state.deferred.flush()
             filled = fill_in(layers, self._weights, first, until)  # _fill may count meanwhile
             self._report.fill_ins += filled
 
@@ -363,6 +426,8 @@ class Attached(Plug):
                 self._count_full()
                 return out
             out = self._points.logits(stock, normed, step)
+            if step.lesson is not None:
+                self._points.learn(step, out)
             self._count(step)
             return out
 
@@ -378,7 +443,9 @@ class Attached(Plug):
 
     def _count(self, step: Step) -> None:
         self._local.full_since = None
-        if step.state.pending and (not self._state.lazy or step.state.waiting > self._state.limit):
+        if step.state.deferred is not None:
+            step.state.deferred.under_way = False
+        if self._state.overdue(step.state):
             self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch

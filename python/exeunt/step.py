@@ -69,11 +69,18 @@ class Step:
         self.policy: State | None = None  # what the policy remembers of the running rows, from the first check on
         self.logits: Tensor | None = None  # [B, V] once a check wrote some: then every row that left has its own
         self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
+        self.lesson: tuple[Tensor, Tensor] | None = None  # [B] scores and labels at the exit, where the policy learns
+        self.first: Tensor | None = None  # [B, 1, D] input of the first layer, where the state strategy asks for it
         self.rest: tuple[Any, ...] | None = None  # what the last layer that ran returned beside its output, all rows
         self.started = time.perf_counter()
         if state.exited and state.finished is not None and not bool(state.finished.all()):
             self.leave(state.finished, FINISHED)
             self.ended, self.left = self.left, None
+
+    @property
+    def running_rows(self) -> Tensor:
+        """[n] rows that still run."""
+        return torch.arange(self.batch, device=self.depth.device) if self.rows is None else self.rows
 
     @cached_property
     def token(self) -> Token:
@@ -94,7 +101,7 @@ class Step:
         """
         gone = int(go.sum())
         if gone:
-            running = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
+            running = self.running_rows
             if gone < self.running:
                 _, _, running = ops.compact(go, running)
             leaving, self.rows, self.running = running[:gone], running[gone:], self.running - gone
