@@ -31,8 +31,8 @@ class Adaptive(Policy):
     """FREE's adaptive threshold: refitted before each new sequence to the tokens that ran at both depths.
 
     Two depths only. The host tells :meth:`learn` how confident the exit was of tokens that have run at full depth, and
-    whether it was right; tokens that left come to that through :class:`exeunt.states.Defer`. What it has learned belongs
-    to the policy: all generations share it.
+    whether it was right; tokens that left come to that through :class:`exeunt.states.Defer`. What it has learned
+    belongs to the policy: all generations share it.
 
     Parameters
     ----------

@@ -121,11 +121,11 @@ def free(
     -----
     **Published.** Exit after 6 of 24 layers (8 of 24 for T5-3B); 0.9 at first, then refitted before each of the first
     300 sequences.
-    **Deviations.** Rows of a batch decide for themselves, and each goes deep with as many waiting tokens as it has (there:
-    batch 1). At most 32 tokens of a row wait (there: without bound). The fit is a real expectation-maximisation, and
-    where no threshold is found no token leaves, so that the next sequence brings new evidence; the released code falls
-    back to 0.9, where it stays (``as_code=True``). Its margin is read with one synchronisation a token. The rollback of
-    tokens that the deep layers contradict is not part of it.
+    **Deviations.** Rows of a batch decide for themselves, and each goes deep with as many waiting tokens as it has
+    (there: batch 1). At most 32 tokens of a row wait (there: without bound). The fit is a real
+    expectation-maximisation, and where no threshold is found no token leaves, so that the next sequence brings new
+    evidence; the released code falls back to 0.9, where it stays (``as_code=True``). Its margin is read with one
+    synchronisation a token. The rollback of tokens that the deep layers contradict is not part of it.
 
     Examples
     --------
