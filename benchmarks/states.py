@@ -3,12 +3,12 @@
     python benchmarks/states.py --tokens small-lm/held_out.npy [--batch 1 8] [--threshold 0.08] [--wall]
 
 Held-out text is fed to the small LM token by token with CALM's exits on, and the same text to the model alone. Of each
-strategy: how far keys and values of the layers behind the first exit are from those of full depth (relative, over all
-tokens), how far the logits of tokens that ran all layers are (KL divergence in nats, and how often another token comes
-first), how many layer-rows a token ran, late ones included, and the time of the steps without exits over that with them,
-in turns. Then FREE: free generation with the same threshold at one exit, with Defer and with Propagate; agreement is how
-many of its tokens full depth would have chosen after the same prefix. Seconds are the process's own, with one thread,
-unless --wall.
+strategy: how far keys and values of the layers behind the first exit are from those of full depth (relative, over
+all tokens), how far the logits of tokens that ran all layers are (KL divergence in nats, and how often another token
+comes first), how many layer-rows a token ran, late ones included, and the time of the steps without exits over that
+with them, in turns. Then FREE: free generation with the same threshold at one exit, with Defer and with Propagate;
+agreement is how many of its tokens full depth would have chosen after the same prefix. Seconds are the process's own,
+with one thread, unless --wall.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def main() -> None:
 
     calm = exeunt.recipes.calm(small_lm.EXITS, args.threshold)
     lines = [
-        f"Fed text: margin {args.threshold}, exits {[*small_lm.EXITS]} of 12 layers, {args.rows} x {args.count} tokens.",
+        f"Fed text: margin {args.threshold}, exits {[*small_lm.EXITS]} of 12 layers, {args.rows} x {args.count}.",
         "",
         "| strategy | rows | layers run a token | keys off | values off | KL of deep tokens | another token first | "
         "agreement of all | speed |",

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers", reason="attach needs transformers")
@@ -84,6 +84,7 @@ def test_gives_the_tokens_of_the_oracle_under_generate(model, state, mode):
     state=st.sampled_from(STATES),
     seed=st.integers(0, 99),
 )
+@example([("crop", 1), ("steps", 1), ("crop", 1)], 1, 6, [], {1}, 0.5, Evict(), 0)  # no room yet for the token cropped
 @settings(deadline=None, max_examples=60)
 def test_whatever_happens_to_the_cache(model, script, batch, length, padding, exits, share, state, seed):
     threshold, script = THRESHOLD * share, [*script, ("steps", 3), ("read",)]

@@ -10,7 +10,8 @@ from torch import Tensor
 from exeunt.models import KeyValues, LayerCall
 
 if TYPE_CHECKING:
-    from exeunt.cache import ExitCacheLayer, GenerationState
+    from exeunt.cache import ExitCacheLayer
+    from exeunt.generation import GenerationState
     from exeunt.step import Step
 
 __all__ = ["Defer", "Drop", "Evict", "Propagate", "Recompute", "TokenState"]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from exeunt import ops
+from exeunt.generation import Token
 from exeunt.models import RowTaker, Structure, own_cache, stand_in
 from exeunt.report import FINISHED, Report
 
 if TYPE_CHECKING:
-    from exeunt.cache import GenerationState, Token
+    from exeunt.generation import GenerationState
     from exeunt.policies import State
 
 __all__ = ["Step"]
@@ -85,8 +86,6 @@ class Step:
     @cached_property
     def token(self) -> Token:
         """This step's token, as the layers that rows of it skip remember it."""
-        from exeunt.cache import Token  # here, since it imports transformers
-
         return Token(self.length, self.depth)
 
     @cached_property

@@ -12,7 +12,7 @@ from exeunt.models import evaluating, near, own_cache, trial_forward
 from exeunt.states import Evict
 
 if TYPE_CHECKING:
-    from exeunt.attach import Attached
+    from exeunt.decoder import Attached
     from exeunt.step import Step
 
 __all__ = ["try_state"]
