@@ -3,8 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -33,26 +31,57 @@ LayerArg layer_arg(const Layer& l) {
   return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
 }
 
-void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
-                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
-                uintptr_t out, int threads) {
+SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,
+                                  int64_t width, const Layer& pooler, const Layer& head, uintptr_t out,
+                                  uintptr_t workspace, int threads) {
   SmallHeadParams p{};
   p.hidden = reinterpret_cast<const void*>(hidden);
   p.hidden_dtype = static_cast<DType>(hidden_dtype);
   p.hidden_stride = hidden_stride;
   p.rows = rows;
   p.width = width;
-  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
+  p.tokens = 1;
   p.pooler = layer_arg(pooler);
   p.pooled = p.pooler.outputs > 0;
   p.head = layer_arg(head);
   p.out = reinterpret_cast<float*>(out);
+  p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
-  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, cpu::small_head_workspace(p)),
-                                                        std::free);
-  p.workspace = workspace.get();
+  return p;
+}
+
+void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
+                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
+                uintptr_t out, uintptr_t workspace, int threads) {
+  SmallHeadParams p =
+      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, out, workspace, threads);
+  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
   py::gil_scoped_release release;
   cpu::small_head(p);
+}
+
+int64_t classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int64_t tokens,
+                 int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
+                 uintptr_t logits, uintptr_t argmax, uintptr_t statistics, int measure, float threshold,
+                 uintptr_t leave, uintptr_t workspace, int threads) {
+  SmallHeadParams p =
+      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits, workspace, threads);
+  p.tokens = tokens;
+  p.token_stride = token_stride;
+  p.mask = reinterpret_cast<const uint8_t*>(mask);
+  p.mask_stride = mask_stride;
+  if (argmax) {
+    p.argmax = reinterpret_cast<int64_t*>(argmax);
+    p.top1 = reinterpret_cast<float*>(statistics);
+    p.top2 = p.top1 + rows;
+    p.sumexp = p.top2 + rows;
+    p.weighted = p.sumexp + rows;
+  }
+  p.measure = static_cast<Measure>(measure);
+  p.threshold = threshold;
+  p.leave = reinterpret_cast<uint8_t*>(leave);
+  py::gil_scoped_release release;
+  return cpu::small_head(p);
 }
 
 using Integers = std::vector<int64_t>;
@@ -174,8 +203,21 @@ PYBIND11_MODULE(_cpu, m) {
   def_exit_stats(m, &exit_stats, py::arg("threads"));
   m.def("small_head", &small_head, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
         py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("threads"),
+        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("workspace"), py::arg("threads"),
         "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
+        py::arg("width"), py::arg("tokens"), py::arg("token_stride"), py::arg("mask"), py::arg("mask_stride"),
+        py::arg("pooler"), py::arg("head"), py::arg("logits"), py::arg("argmax"), py::arg("statistics"),
+        py::arg("measure"), py::arg("threshold"), py::arg("leave"), py::arg("workspace"), py::arg("threads"),
+        "Mean over tokens, pooler, head, statistics and, with a measure, who leaves: how many rows, or -1 where a "
+        "score lies too near to the threshold; see exeunt.ops.classify.");
+  m.def(
+      "small_head_workspace",
+      [](int weight, int64_t width, int64_t pooler, int threads) {
+        return cpu::small_head_workspace(static_cast<DType>(weight), width, pooler, threads);
+      },
+      py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("threads"),
+      "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
   m.def(
       "kv_fill_workspace",
       [](int dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int threads) {
