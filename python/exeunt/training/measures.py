@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exeunt.heads import ExitHeads
-from exeunt.training.objectives import Depth
+from exeunt.training.terms import Depth
 
 __all__ = ["judge", "summary"]
 
