@@ -113,8 +113,9 @@ class Recorded(nn.Module):
         depths = {}
         for i, exit in enumerate(self.heads):
             raw = states[:, i]
-            # Heads are float32 while they are trained; what the model's head reads is of its dtype.
-            moved = self.heads[exit].state(raw.float().unflatten(0, (-1, self.length))).flatten(0, 1)
+            # Heads are float32 while they are trained; products and what the model's head reads are of its dtype.
+            with torch.autocast(raw.device.type, s.weight.dtype, enabled=s.weight.dtype == torch.bfloat16):
+                moved = self.heads[exit].state(raw.float().unflatten(0, (-1, self.length))).flatten(0, 1)
             depths[exit] = Depth(raw, s.normalise(moved).to(s.weight.dtype), *head)
         depths[len(s.layers) - 1] = Depth(states[:, -1], states[:, -1].to(s.weight.dtype), *head)
         return depths
