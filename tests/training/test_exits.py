@@ -1,6 +1,11 @@
 """Recording states, training exits on them, and the command that does both."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +30,7 @@ from exeunt.training import (
     tokenised,
     train_exits,
 )
+from exeunt.training import exits as exits_module
 
 EXITS = [0, 2]
 
@@ -168,6 +174,31 @@ def test_trained_translators_agree_more_than_none(tmp_path):
                     steps=150, batch=64, progress=False)  # fmt: skip
 
 
+def test_exits_trained_on_parts_of_the_vocabulary_end_in_the_same_bits_however_often_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(exits_module, "fit", functools.partial(loop.fit, every=0.0))
+    model, text = tiny(), rows(40)
+    plain, reads = Recording.read, []
+
+    def train(out):
+        return train_exits(model, text, EXITS, "kl + probe", tmp_path / out, held_out={"test": rows(4, seed=1)},
+                           sample=15, steps=20, batch=64, progress=False)  # fmt: skip
+
+    def dies(self, index):
+        reads.append(1)
+        if len(reads) in (8, 12):
+            raise KeyboardInterrupt
+        return plain(self, index)
+
+    whole = train("whole")
+    monkeypatch.setattr(Recording, "read", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train("stopped")
+    again = train("stopped")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert len(reads) == 20 + 2 + 1, "steps that were done are not done again"
+
+
 def test_an_exit_with_a_decoder_layer_is_trained_on_whole_sequences_and_not_attached(tmp_path, monkeypatch):
     model, text = tiny(), rows(80)
     given = {"held_out": {"test": rows(10, seed=1)}, "steps": 150, "batch": 64, "progress": False}
@@ -298,3 +329,36 @@ def test_a_full_disk_is_one_sentence(saved, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err.strip()
     assert "could not be written (No space left on device), nothing was written" in said
     assert len(said.splitlines()) == 1 and not list(tmp_path.rglob(".*"))
+
+
+TOGETHER = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+torch.set_num_threads(1)
+from exeunt.training import recording, train_exits
+from training.test_exits import EXITS, rows, tiny
+recording.CHUNK = 4
+heads = train_exits(tiny(), rows(40), EXITS, "kl + probe", sys.argv[1], held_out={"test": rows(8, seed=1)}, steps=10,
+                    batch=64, progress=False)
+assert "test" in heads.metadata["held_out"], heads.metadata
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_record_and_train_the_exits_that_one_does(tmp_path):
+    pytest.importorskip("accelerate", reason="several processes need accelerate")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "train.py").write_text(TOGETHER)
+    found = []
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        done = subprocess.run(
+            [*command, str(tmp_path / "train.py"), str(tmp_path / name), str(Path(__file__).parents[1])],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / name / "states" / "train").glob("states-*.npy"))) == 10
+        found.append(ExitHeads.load(tmp_path / name / HEADS_FILE, tiny().config))
+    for one, two in zip(*(heads.parameters() for heads in found), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

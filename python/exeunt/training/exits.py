@@ -14,7 +14,7 @@ import torch
 from exeunt.calibration.fingerprints import sketch
 from exeunt.heads import DecoderLayer, ExitHead, ExitHeads, Probe, Translator
 from exeunt.models import discover
-from exeunt.training.loop import adamw, digest, fit, muon
+from exeunt.training.loop import adamw, digest, fit, muon, processes
 from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, check_exits, select
 from exeunt.training.objectives import parse
@@ -48,7 +48,8 @@ def train_exits(
 ) -> ExitHeads:
     """Train exits and write them, with what they were trained on and how well they do, into a folder.
 
-    Called again with the same arguments it goes on where it was stopped.
+    Called again with the same arguments it goes on where it was stopped. Several processes started by torchrun record
+    and train together.
 
     Parameters
     ----------
@@ -108,7 +109,8 @@ def train_exits(
     if not len(rows) or not held_out or not all(len(r) for r in held_out.values()):
         raise ValueError("the data is too short: there must be rows to train on and held-out ones")
     out.mkdir(parents=True, exist_ok=True)
-    frozen = which == "heads"
+    rank, _, wait = processes()
+    frozen, first = which == "heads", rank == 0
     torch.manual_seed(seed)
     probes = any(isinstance(term, ProbeLoss) for term in goal.terms)
     heads = ExitHeads({e: _head(model.config, head if frozen else None, probes) for e in exits})
@@ -132,10 +134,9 @@ def train_exits(
         batches = states.batches(batch, seed, whole=head == "layer")
         outcome = fit(recorded, batches, out / "checkpoint", optimizers=adamw(recorded, rate), **common)
         heads.to(structure.weight)
-        measured = {
-            name: _measured(recorded, record(model, some, exits, out / "states" / name, progress=progress))
-            for name, some in held_out.items()
-        }
+        unseen = {name: record(model, some, exits, out / "states" / name, progress=progress)
+                  for name, some in held_out.items()}  # fmt: skip
+        measured = {name: _measured(recorded, some) for name, some in unseen.items()} if first else {}
     else:
         length = rows.shape[1] - 1
         joint = Joint(model, exits, goal, heads, bf16)
@@ -143,8 +144,9 @@ def train_exits(
         windows = Windows(rows[:, :-1].ravel(), length, max(1, batch // length), seed)
         optimizers = muon(joint, rate) if which == "all" else adamw(joint, rate)
         outcome = fit(joint, windows, out / "checkpoint", optimizers=optimizers, **common)
-        measured = {name: _measured_joint(joint, some) for name, some in held_out.items()}
-        model.save_pretrained(out / "model")
+        measured = {name: _measured_joint(joint, some) for name, some in held_out.items()} if first else {}
+        if first:
+            model.save_pretrained(out / "model")
     heads.metadata = {
         **(about or {}),
         **{name: str(value) for name, value in identity.items()},
@@ -155,8 +157,10 @@ def train_exits(
         "held_out": json.dumps(measured),
         "sketch": sketch(rows),
     }
-    heads.save(out / HEADS_FILE, model.config)
-    return heads
+    if first:
+        heads.save(out / HEADS_FILE, model.config)
+    wait()
+    return heads if first else ExitHeads.load(out / HEADS_FILE, model.config).to(structure.weight)
 
 
 def _head(config: Any, kind: str | None, probe: bool) -> ExitHead:

@@ -20,7 +20,7 @@ from torch import Tensor
 from exeunt.files import written
 from exeunt.heads import fingerprint
 from exeunt.models import discover
-from exeunt.training.loop import digest
+from exeunt.training.loop import digest, processes
 from exeunt.training.modules import check_exits, watch
 from exeunt.training.text import take
 
@@ -98,6 +98,8 @@ def record(
 ) -> Recording:
     """Run a frozen causal language model over text and keep its states, or read what was kept.
 
+    Several processes started by torchrun share the work.
+
     Parameters
     ----------
     model : transformers model for causal language modelling
@@ -140,28 +142,31 @@ def record(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "recording.json"
-    if index.exists():
-        found = json.loads(index.read_text())
-        names = {"model": "another model", "data": "other text"}
-        if set(exits) < set(found["exits"]):
-            about["exits"] = found["exits"]
-        for name, value in about.items():
-            if found.get(name) != value:
-                what = names.get(name, f"other {name}")
-                raise ValueError(f"{folder} holds states of {what}: expected {value}, got {found.get(name)}")
-    else:
+    rank, world, wait = processes()
+    if rank == 0 and not index.exists():
         with written(folder / "labels.npy") as unfinished, open(unfinished, "wb") as file:
             np.save(file, rows[:, 1:].ravel())
         with written(index) as unfinished:
             unfinished.write_text(json.dumps(about))
+    wait()
+    found = json.loads(index.read_text())
+    if set(exits) < set(found["exits"]):
+        about["exits"] = found["exits"]
+    names = {"model": "another model", "data": "other text"}
+    for name, value in about.items():
+        if found.get(name) != value:
+            what = names.get(name, f"other {name}")
+            raise ValueError(f"{folder} holds states of {what}: expected {value}, got {found.get(name)}")
 
-    starts = [k for k in range(0, len(rows), CHUNK) if not _chunk(folder, k // CHUNK).exists()]
-    for start in tracked(starts, "Recording", progress and bool(starts)):
+    own = range(0, len(rows), CHUNK)[rank::world]
+    starts = [k for k in own if not _chunk(folder, k // CHUNK).exists()]
+    for start in tracked(starts, "Recording", progress and rank == 0 and bool(starts)):
         ids = torch.from_numpy(rows[start : start + CHUNK, :-1].astype(np.int64)).to(weight.device)
         states = torch.cat([_states(model, structure, about["exits"], part) for part in ids.split(batch)])
         plain = states.view(torch.int16) if states.dtype == torch.bfloat16 else states
         with written(_chunk(folder, start // CHUNK)) as unfinished, open(unfinished, "wb") as file:
             np.save(file, plain.numpy())
+    wait()
     return Recording(folder, about, exits)
 
 
