@@ -10,7 +10,7 @@
 One exit in a quarter of an hour on two cores, three exits on a million tokens in about two hours:
 
     python examples/train_smollm2_exit.py --out exits
-    python examples/train_smollm2_exit.py --layers 12,18,24 --tokens 400000 --text text --chats 432 \\
+    python examples/train_smollm2_exit.py --layers 12,18,24 --tokens 400000 --text text --chats 288 \\
         --sample 4096 --steps 2000 --out exits
 
 Stopped, the same command goes on where it was. Load the result with
