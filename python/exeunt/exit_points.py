@@ -69,6 +69,11 @@ class ExitPoints:
                 "saturation and probe read no head"
             )
         for e, own in self.heads.items():
+            if own.layer is not None:
+                raise ValueError(
+                    "attach: expected exit heads that read one token's state, got a decoder layer of its own at exit "
+                    f"{e}, for which no keys and values are kept"
+                )
             for part in (own.translator, own.probe):
                 if part is None:
                     continue
