@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
+#include <memory>
 #include <tuple>
 #include <vector>
 
