@@ -117,6 +117,7 @@ def main() -> None:
     add("--rows", type=int, default=16, help="rows of text; default 16")
     add("--count", type=int, default=128, help="tokens of a row after the prompt of 64; default 128")
     add("--threshold", type=float, default=small_lm.THRESHOLD, help="of the margin; default the shipped recipe's")
+    add("--attention", default="sdpa", choices=["sdpa", "exeunt"], help="of the model, on both sides; default sdpa")
     add("--wall", action="store_true", help="the clock's seconds and torch's threads")
     args = parser.parse_args()
     if args.wall:
@@ -126,13 +127,16 @@ def main() -> None:
         torch.set_num_threads(1)
     model, _ = small_lm.load()
     model.generation_config.eos_token_id = None
+    exeunt.register_attention()
+    model.set_attn_implementation(args.attention)
     tokens = np.load(args.tokens, mmap_mode="r")
     starts = np.linspace(0, len(tokens) - PROMPT - args.count, args.rows).astype(int)
     text = torch.from_numpy(np.stack([tokens[s : s + PROMPT + args.count] for s in starts]).astype(np.int64))
 
     calm = exeunt.recipes.calm(small_lm.EXITS, args.threshold)
     lines = [
-        f"Fed text: margin {args.threshold}, exits {[*small_lm.EXITS]} of 12 layers, {args.rows} x {args.count}.",
+        f"Fed text: margin {args.threshold}, exits {[*small_lm.EXITS]} of 12 layers, {args.rows} x {args.count}, "
+        f"{args.attention} attention.",
         "",
         "| strategy | rows | layers run a token | keys off | values off | KL of deep tokens | another token first | "
         "agreement of all | speed |",

@@ -140,10 +140,11 @@ class ExitCacheLayer(DynamicLayer):
     # ---- what a decoding step asks of it
 
     @torch.no_grad()
-    def append(self, own: KeyValues, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, own: KeyValues, rows: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
         """Append one token for ``rows`` [n] only; the other rows' places are left zero.
 
-        Returns all the keys and values of these rows, [n, Hkv, length, Dh].
+        Returns all the keys and values of these rows, [n, Hkv, length, Dh]; without ``gather`` those of the whole batch
+        as they lie.
         """
         if self.state is not None and self.index in self.state.pending:
             self.settle()
@@ -153,15 +154,16 @@ class ExitCacheLayer(DynamicLayer):
         self._keys.select(2, self.length).index_copy_(0, rows, own.keys[:, :, 0])
         self._values.select(2, self.length).index_copy_(0, rows, own.values[:, :, 0])
         self.length += 1
-        keys, values = (t.narrow(2, 0, self.length).index_select(0, rows) for t in (self._keys, self._values))
-        return keys, values
+        keys, values = self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
+        return (keys.index_select(0, rows), values.index_select(0, rows)) if gather else (keys, values)
 
     @torch.no_grad()
-    def append_at(self, own: KeyValues, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def append_at(self, own: KeyValues, rows: Tensor, slots: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
         """Write tokens of ``rows`` [n] at ``slots`` [n], of which the last is the latest.
 
         Returns the keys and values that each of them attends to, [n, Hkv, K, Dh], aligned at their end: the last is the
-        token's own. What stands before the first token of a row is some token's; masks hide it.
+        token's own. What stands before the first token of a row is some token's; masks hide it. Without ``gather``
+        those of the whole batch, as they lie.
         """
         length = int(slots[-1]) + 1
         self._reserve(max(length, self.length))
@@ -170,6 +172,8 @@ class ExitCacheLayer(DynamicLayer):
         self._keys[rows, :, slots] = own.keys[:, :, 0]
         self._values[rows, :, slots] = own.values[:, :, 0]
         self.length = max(length, self.length)
+        if not gather:
+            return self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
         seen = self.seen(length)
         at = slots[:, None] + torch.arange(1 - seen, 1, device=slots.device)
         at.clamp_(min=0)

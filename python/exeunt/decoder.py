@@ -40,6 +40,7 @@ from exeunt.models import (
     LayerCall,
     LayerFunction,
     Structure,
+    attention,
     discover,
     hide_keys,
     own_cache,
@@ -103,6 +104,7 @@ class Attached(Plug):
         if self.calibration is not None:
             recipe = self.calibration.apply(model, recipe)
         self.model, self.recipe = model, recipe
+        self._config = model.config.get_text_config(decoder=True)
         if isinstance(recipe.state, Drop):
             raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
         self._state = recipe.state
@@ -211,6 +213,7 @@ class Attached(Plug):
         local = self._local
         ids, local.ids, local.step = local.ids, None, None
         local.full_since = time.perf_counter()
+        attention.counting(self._report.attention)
         if self.model.training:
             raise RuntimeError("attach: the model is in training mode: call model.eval(), or detach to train it")
         cache = arguments.get(CACHE_KEYWORD)
@@ -233,8 +236,9 @@ class Attached(Plug):
             raise RuntimeError("attach: decoding with exits has no gradient: run it under torch.no_grad()")
         state.feed(ids if ids is not None and ids.shape == (batch, 1) else None)
         step = Step(batch, self.depth - 1, state, cache, length, hidden.device, self.structure, self._report)
+        step.apart = self._config._attn_implementation == attention.NAME
         if state.deferred is not None:
-            state.deferred.begin(step.rows)
+            state.deferred.begin(step.rows, step.apart)
             step.first = hidden if self._again else None
         local.step = step
         return step
@@ -311,7 +315,9 @@ class Attached(Plug):
             if deferred is not None and deferred.company is not None:
                 some, rest = deferred.run(i, layer, (call, rows, step.length))
             else:
-                out = call.pick(rows).run(lambda own: layer.append(own, rows))
+                length = step.length + 1
+                picked = call.pick(rows, (length, layer.seen(length)) if step.apart else None)
+                out = picked.run(lambda own: layer.append(own, rows, gather=not picked.apart))
                 some, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
             after = after.index_copy(0, rows, some)
             step.rest = spread(rest, rows, step.batch)
@@ -360,6 +366,7 @@ class Attached(Plug):
             if this is not module:
                 return type(this).forward(this, normed, *args, **kwargs)
             step, local.step = local.step, None
+            attention.counting(None)
             if step is None or normed.shape[:2] != (step.batch, 1):
                 out = stock(normed, *args, **kwargs)
                 self._count_full()

@@ -100,7 +100,7 @@ class Deferred:
         self.slot = self.row = self.origin = self.depth = empty
         self.hidden = self.first = torch.zeros(0, 1, 0)
         self.company: Company | None = None
-        self.under_way = False
+        self.under_way = self.apart = False
 
     def __len__(self) -> int:
         """Entries that wait."""
@@ -117,9 +117,9 @@ class Deferred:
         """How the model called ``layer`` for the token at ``slot``."""
         self._calls.setdefault(slot, {})[layer] = call
 
-    def begin(self, rows: Tensor | None) -> None:
-        """A step begins that runs ``rows`` (None: all)."""
-        self.company, self.under_way = None, True
+    def begin(self, rows: Tensor | None, apart: bool) -> None:
+        """A step begins that runs ``rows`` (None: all); the model's layers can attend ``apart``, or not."""
+        self.company, self.under_way, self.apart = None, True, apart
         for stale in self._calls.keys() - set(self.slot.tolist()):
             del self._calls[stale]
             self._seen.pop(stale, None)
@@ -157,8 +157,8 @@ class Deferred:
             calls.append((call, own, layer.seen(slot + 1)))
             hidden = torch.cat((hidden, call.hidden.index_select(0, own)))
             rows, slots = torch.cat((rows, own)), torch.cat((slots, torch.full_like(own, slot)))
-        joined = LayerCall.together(calls, hidden, rows, company.memo)
-        out = joined.run(lambda new: layer.append_at(new, rows, slots))
+        joined = LayerCall.together(calls, hidden, rows, slots, company.memo, self.apart)
+        out = joined.run(lambda new: layer.append_at(new, rows, slots, gather=not joined.apart))
         after, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         late = len(company.places)
         self._count(late)

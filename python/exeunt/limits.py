@@ -11,7 +11,7 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 from exeunt import cache as caches
-from exeunt.models import ATTENTION, own_cache
+from exeunt.models import ATTENTION, own_cache, register_attention
 
 if TYPE_CHECKING:
     from exeunt.generation import GenerationState
@@ -25,6 +25,7 @@ def check_model(model: Any) -> None:
     """Raise for a version of transformers, or settings of a model, that would fail in the middle of a generation."""
     if not VERSIONS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) < VERSIONS[1]:
         raise ImportError(f"attach needs transformers>=4.57,<6, got {transformers.__version__}")
+    register_attention()
     config, settings = getattr(model, "config", None), getattr(model, "generation_config", None)
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None and attention not in ATTENTION:

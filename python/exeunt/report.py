@@ -42,6 +42,9 @@ class Report:
         How many of them the stock layer computed itself, since ``kv_fill`` does not serve this model.
     head_reads : int
         Passes over the output embedding's weight: checks plus final logits; the stock model makes one a step.
+    attention : Counter of str
+        Calls of attention by what served them, where the model's attention is exeunt's
+        (:func:`exeunt.register_attention`): ``ragged_attention``, or ``torch: `` and why.
     checks : int
         How many of them were exit checks.
     exit_layers : list of Tensor
@@ -69,6 +72,7 @@ class Report:
     captures: int = 0
     head_reads: int = 0
     checks: int = 0
+    attention: Counter[str] = field(default_factory=Counter)
     exit_layers: list[Tensor] = field(default_factory=list)
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
@@ -108,6 +112,8 @@ class Report:
         lines.append(
             f"  head reads   {self.head_reads} ({self.checks} of them exit checks; the stock model: {self.steps})"
         )
+        for what, count in sorted(self.attention.items()):
+            lines.append(f"  attention    {count} calls by {what}")
         lines.append(
             f"  wall time    {self.step_seconds:.3f} s in decoding steps, {self.forward_seconds:.3f} s in "
             f"{self.full_forwards} forwards at full depth (prompts and the like)"

@@ -64,6 +64,7 @@ class Step:
         self.take = RowTaker(batch, structure.batched)
         self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
         self.running = batch
+        self.apart = False  # whether layers can attend to rows of the cache as it lies
         self.rows: Tensor | None = None
         self.left: Tensor | None = None
         self.ended: Tensor | None = None

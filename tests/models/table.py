@@ -42,7 +42,7 @@ Run on transformers {versions}; versions before 4.57 and from 6 on are refused. 
 | `logits_processor`, `stopping_criteria`, `streamer`, `bad_words_ids`, `inputs_embeds` | works |
 | `output_scores`, `output_logits` | works; of a row that left, the logits of its exit |
 | `output_hidden_states` | works; a row that left stands still from its exit on |
-| eager and sdpa attention; bfloat16, float16 | works; any other attention is refused at attach |
+| eager, sdpa and exeunt attention; bfloat16, float16 | works; any other attention is refused at attach |
 | `output_attentions` | full depth, with a warning |
 | prompt lookup, assisted decoding, contrastive search, DoLa | full depth, with a warning |
 | `use_cache=False` | full depth, with a warning |

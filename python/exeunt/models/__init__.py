@@ -1,5 +1,7 @@
 """What is known of stock models: their structure, and how to call one of their layers on some of its rows."""
 
+from exeunt.models import attention
+from exeunt.models.attention import register_attention
 from exeunt.models.discovery import discover, near, trial_forward
 from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, encoder_in
 from exeunt.models.families import ATTENTION
@@ -29,6 +31,7 @@ __all__ = [
     "LayerFunction",
     "RowTaker",
     "Structure",
+    "attention",
     "discover",
     "discover_encoder",
     "encoder_in",
@@ -36,6 +39,7 @@ __all__ = [
     "hide_keys",
     "near",
     "own_cache",
+    "register_attention",
     "rotary_of",
     "spread",
     "stand_in",
