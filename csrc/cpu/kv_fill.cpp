@@ -105,7 +105,7 @@ void kv_fill(const KvFillParams& p) {
   const int threads = work * static_cast<double>(p.head_size) < kSerialWork ? 1 : std::max(1, p.threads);
   const int64_t units = 2 * p.heads;  // of a layer: its heads' keys, then their values
   // A thread takes several in a row, since it fetches the next one ahead; yet enough runs that slow threads take fewer.
-  const int64_t run = std::clamp<int64_t>((p.until - first) * units / (8 * threads), 1, units);
+  const int64_t run = std::clamp<int64_t>((p.until - first) * units / (32 * threads), 1, units);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -336,9 +336,10 @@ struct VectorProduct {
     const bool few = total <= 2, as_it_lies = tile.line_stride == kLine;
     const int64_t most = few ? tile.lines : total <= kFewRows ? kFewLines : kManyLines;
     const bool copy = as_it_lies && total >= kCopyRows && tile.lines > kTileInL1;
-    // A packed weight is read in the order of its addresses, so it comes into L1; else the next tile comes closer.
-    const bool in_order_of_use = !as_it_lies && tile.next == tile.data + tile.lines * kTile * kLine;
-    Fetch fetch{in_order_of_use ? tile.data + kAhead : tile.next,
+    // What is read in the order of its addresses (packed, or for few rows) comes into L1; else the next tile comes closer.
+    const bool ordered = !as_it_lies || (few && tile.row_stride == tile.lines * kLine);
+    const bool goes_on = tile.next == tile.data + tile.lines * kTile * kLine;
+    Fetch fetch{ordered && goes_on ? tile.data + kAhead : tile.next,
                 static_cast<int>(total / kMaxGroup + total % kMaxGroup / 2 + total % 2)};
     alignas(64) typename K::Sum wait[kMaxRows][kTile];
     alignas(64) float z[kMaxRows][kTile];
