@@ -183,4 +183,3 @@ def _check(
         raise ValueError(
             f"kv_fill: expected a cache that fits {stack} on {stack.device}, got {cache} on {cache.device}"
         )
-

@@ -148,7 +148,6 @@ class KVStack:
         """[L, 14] int64: a ``KvLayer`` of csrc/core/params.h a row."""
         return torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64)
 
-
     @cached_property
     def kernel(self) -> Any:
         """``_cpu.KvFill`` over the table; None where this build has no kernel for the stack's device."""
