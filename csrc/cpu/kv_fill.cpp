@@ -61,8 +61,8 @@ KvRows kv_rows(const KvRowsArg& arg) {
   };
   const auto place = [&](int64_t n) { return std::tuple(arg.batch_rows[n], arg.slots[n]); };
   by(place);
-  const auto twice = std::adjacent_find(order.begin(), order.end(),
-                                        [&](int64_t a, int64_t b) { return place(a) == place(b); });
+  const auto twice =
+      std::adjacent_find(order.begin(), order.end(), [&](int64_t a, int64_t b) { return place(a) == place(b); });
   if (twice != order.end())
     refuse("expected each (row, slot) of the cache at most once, got row " + std::to_string(arg.batch_rows[*twice]) +
            ", slot " + std::to_string(arg.slots[*twice]) + " twice");
@@ -131,9 +131,9 @@ void kv_fill(const KvFillParams& p) {
         };
         const auto [layer, keys, h] = unit(i);
         const auto [next_layer, next_keys, next_head] = unit(std::min(i + 1, (end - begin) * units - 1));
-        isa.kv_fill_head({&p, p.layers + layer, p.places + layer, p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys,
-                          packed_rows(layer), rows_of(layer), head_of(p.layers[next_layer], next_keys, next_head),
-                          panel, head});
+        isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
+                          p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed_rows(layer),
+                          rows_of(layer), head_of(p.layers[next_layer], next_keys, next_head), panel, head});
       }
     }
   }

@@ -33,8 +33,8 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int kSums = kLanes == 16 ? 16 : 8;     // accumulators in registers; a multiple of kLanes
-constexpr int kMaxGroup = 4;                // hidden rows that share one load of the weight
+constexpr int kSums = kLanes == 16 ? 16 : 8;  // accumulators in registers; a multiple of kLanes
+constexpr int kMaxGroup = 4;                  // hidden rows that share one load of the weight
 // Measured, on 48 KB of L1: a block of D, with the hidden rows' part and the sums that wait, stays there.
 constexpr int64_t kFewRows = 16, kFewLines = 8, kManyLines = 12;  // lines of a block, up to so many rows and beyond
 constexpr int64_t kAhead = 12 * kTile * kLine;                    // bytes that a packed weight is fetched ahead
@@ -336,7 +336,8 @@ struct VectorProduct {
     const bool few = total <= 2, as_it_lies = tile.line_stride == kLine;
     const int64_t most = few ? tile.lines : total <= kFewRows ? kFewLines : kManyLines;
     const bool copy = as_it_lies && total >= kCopyRows && tile.lines > kTileInL1;
-    // What is read in the order of its addresses (packed, or for few rows) comes into L1; else the next tile comes closer.
+    // What is read in the order of its addresses (packed, or for few rows) comes into L1; else the next tile comes
+    // closer.
     const bool ordered = !as_it_lies || (few && tile.row_stride == tile.lines * kLine);
     const bool goes_on = tile.next == tile.data + tile.lines * kTile * kLine;
     Fetch fetch{ordered && goes_on ? tile.data + kAhead : tile.next,
