@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
 #include "cpu/kv_fill.h"
+#include "cpu/ragged_attention.h"
 #include "cpu/small_head.h"
 
 using namespace exeunt;
@@ -120,6 +122,61 @@ void kv_fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t 
   cpu::kv_fill(p);
 }
 
+// (address, strides...) of a tensor, in elements; address 0 means "not given".
+using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+CacheArg cache_arg(const Strided& c) {
+  const auto [data, row, head, slot] = c;
+  return {reinterpret_cast<const void*>(data), row, head, slot};
+}
+
+// `q` and `pages` have two strides; lists are addresses of int64.
+void ragged_attention(const Strided& q, const Strided& keys, const Strided& values, int dtype,
+                      const std::array<int64_t, 7>& shape, uintptr_t q_indptr, uintptr_t rows, uintptr_t kv_len,
+                      uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
+                      int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
+                      int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
+                      int threads) {
+  const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+  RaggedAttentionParams p{};
+  p.q = reinterpret_cast<const void*>(std::get<0>(q));
+  p.q_token = std::get<1>(q);
+  p.q_head = std::get<2>(q);
+  p.keys = cache_arg(keys);
+  p.values = cache_arg(values);
+  p.dtype = static_cast<DType>(dtype);
+  std::tie(p.tokens, p.heads, p.kv_heads, p.size, p.value_size, p.rows_held, p.slots) = std::tuple_cat(shape);
+  p.entries = entries;
+  p.live = live;
+  p.q_indptr = list(q_indptr);
+  p.rows = list(rows);
+  p.kv_len = list(kv_len);
+  p.kv_start = list(kv_start);
+  p.positions = list(positions);
+  p.causal = causal;
+  p.window = window;
+  p.softcap = softcap;
+  p.scale = scale;
+  p.alibi = reinterpret_cast<const float*>(alibi);
+  p.bias = reinterpret_cast<const void*>(std::get<0>(bias));
+  p.bias_token = std::get<1>(bias);
+  p.bias_head = std::get<2>(bias);
+  p.bias_key = std::get<3>(bias);
+  p.bias_dtype = static_cast<DType>(bias_dtype);
+  p.bias_keys = bias_keys;
+  p.pages = reinterpret_cast<const int32_t*>(std::get<0>(pages));
+  p.page_row = std::get<1>(pages);
+  p.page_column = std::get<2>(pages);
+  p.page_rows = page_rows;
+  p.page_columns = page_columns;
+  p.out = reinterpret_cast<void*>(out);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  const cpu::RaggedPlan plan = cpu::ragged_attention_plan(p);
+  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, plan.workspace), std::free);
+  cpu::ragged_attention(p, plan, workspace.get());
+}
+
 void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
                 int64_t width, uintptr_t out) {
   py::gil_scoped_release release;
@@ -174,6 +231,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("table"), py::arg("places"),
         py::arg("tables"), py::arg("until"), py::arg("workspace"), py::arg("threads"),
         "Keys and values of skipped layers; see exeunt.ops.kv_fill.");
+  m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
+        py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
+        py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
+        py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
+        py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
+        py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
   m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
         py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
         "Cosine of pairs of rows; see exeunt.ops.saturation.");

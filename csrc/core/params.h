@@ -161,6 +161,35 @@ struct KvFillParams {
   int32_t threads;
 };
 
+// Keys or values of a cache [B, Hkv, S, D], or [P, Hkv, page, D] with pages; strides in elements, unit along D.
+struct CacheArg {
+  const void* data;
+  int64_t row, head, slot;
+};
+
+struct RaggedAttentionParams {
+  const void* q;  // [T, Hq, Dh]
+  int64_t q_token, q_head;
+  CacheArg keys, values;
+  DType dtype;                                        // of q, keys, values and out
+  int64_t tokens, heads, kv_heads, size, value_size;  // T, Hq, Hkv, Dh, Dv
+  int64_t rows_held, slots;                           // B and S, or P and the keys of a page
+  int64_t entries, live;                              // R, and how many of them are active
+  const int64_t *q_indptr, *rows, *kv_len;            // [R + 1], [R], [R]
+  const int64_t *kv_start, *positions;                // [R], [T], or null
+  bool causal;
+  int64_t window;        // 0: none
+  float softcap, scale;  // softcap 0: none
+  const float* alibi;    // [Hq] or null
+  const void* bias;      // [T, Hq, bias_keys] or null
+  DType bias_dtype;
+  int64_t bias_token, bias_head, bias_key, bias_keys;
+  const int32_t* pages;                                    // [page_rows, page_columns] or null
+  int64_t page_rows, page_columns, page_row, page_column;  // the last two: strides
+  void* out;                                               // [T, Hq, Dv]
+  int32_t threads;
+};
+
 // Cosine of a[n] and b[n], both [N, D].
 struct SaturationParams {
   const void *a, *b;

@@ -14,7 +14,7 @@ from exeunt import cache as caches
 from exeunt.models import ATTENTION, own_cache
 
 if TYPE_CHECKING:
-    from exeunt.cache import GenerationState
+    from exeunt.generation import GenerationState
 
 __all__ = ["adopted", "check_model", "default_cache", "full_depth"]
 

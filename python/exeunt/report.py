@@ -34,6 +34,8 @@ class Report:
         Rows over all steps: tokens that the stock model would have run through all layers.
     layer_rows : int
         Layer-rows executed.
+    late_rows : int
+        How many of them ran for tokens that had left early, beside a later one (:class:`exeunt.states.Defer`).
     fill_ins : int
         Layer-rows for which only keys and values were computed.
     captures : int
@@ -62,6 +64,7 @@ class Report:
     steps: int = 0
     tokens: int = 0
     layer_rows: int = 0
+    late_rows: int = 0
     fill_ins: int = 0
     captures: int = 0
     head_reads: int = 0
@@ -93,7 +96,9 @@ class Report:
         share = self.layer_rows / self.full_layer_rows if self.full_layer_rows else 0.0
         lines.append(
             f"  layer-rows   {self.layer_rows} run of {self.full_layer_rows} at full depth ({share:.1%}), "
-            f"{self.fill_ins} filled in" + (f" ({self.captures} by the stock layers)" if self.captures else "")
+            f"{self.fill_ins} filled in"
+            + (f" ({self.captures} by the stock layers)" if self.captures else "")
+            + (f", {self.late_rows} run late" if self.late_rows else "")
         )
         for depth, count in self.histogram.items():
             what = "row had ended" if depth == FINISHED else f"left after layer {depth}"

@@ -48,6 +48,10 @@ class SlidingExitCacheLayer(ExitCacheLayer):
         keys, values = super().append(own, rows)
         return self._window(keys, 1), self._window(values, 1)
 
+    def seen(self, length: int) -> int:
+        """How many keys the last of ``length`` tokens attends to, itself included: no more than the window."""
+        return min(length, self.sliding_window)
+
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Length and offset of what :meth:`update` will return, for the attention mask."""
         count = query_length if isinstance(query_length, int) else query_length.shape[0]  # 4.57 passes positions

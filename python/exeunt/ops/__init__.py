@@ -7,6 +7,7 @@ from exeunt.ops.exit_stats import exit_stats
 from exeunt.ops.kv_fill import kv_fill
 from exeunt.ops.kv_stack import KVCache, KVLayer, KVStack
 from exeunt.ops.packed_head import PackedHead
+from exeunt.ops.ragged_attention import ragged_attention
 from exeunt.ops.small_head import probe, saturation, small_head
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "expand",
     "kv_fill",
     "probe",
+    "ragged_attention",
     "saturation",
     "small_head",
 ]
