@@ -20,6 +20,7 @@ from exeunt import (
 )
 from exeunt.attach import Attached, attach
 from exeunt.cascade import Cascade
+from exeunt.models import register_attention
 from exeunt.pipeline import pipeline
 from exeunt.report import Report
 from exeunt.stats import ExitStats
@@ -41,6 +42,7 @@ __all__ = [
     "policies",
     "recipes",
     "reference",
+    "register_attention",
     "replay",
     "states",
     "words",

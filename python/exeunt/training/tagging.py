@@ -20,7 +20,8 @@ from exeunt.states import Freeze
 from exeunt.stats import ExitStats
 from exeunt.training.leaving import frozen_after
 from exeunt.training.modules import watch
-from exeunt.training.objectives import IGNORED, depth_weights
+from exeunt.training.objectives import IGNORED
+from exeunt.training.terms import depth_weights
 from exeunt.words import Words, words_of
 
 __all__ = ["SelfSampling", "Tagging"]
