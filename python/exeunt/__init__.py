@@ -16,6 +16,7 @@ from exeunt import (
     reference,
     replay,
     states,
+    words,
 )
 from exeunt.attach import Attached, attach
 from exeunt.cascade import Cascade
@@ -44,4 +45,5 @@ __all__ = [
     "register_attention",
     "replay",
     "states",
+    "words",
 ]

@@ -9,7 +9,9 @@ from exeunt.calibration import Calibration
 from exeunt.decoder import Attached
 from exeunt.encoder import AttachedEncoder
 from exeunt.models import encoder_in
+from exeunt.policies import WordPolicy
 from exeunt.recipes import Recipe
+from exeunt.token_encoder import AttachedTagger
 
 __all__ = ["Attached", "attach"]
 
@@ -70,5 +72,7 @@ def attach(
     {1: 3}
     """
     if encoder_in(model) is not None:
+        if isinstance(recipe.policy, WordPolicy):
+            return AttachedTagger(model, recipe, calibration)
         return AttachedEncoder(model, recipe, calibration, buckets=buckets)
     return Attached(model, recipe, calibration)

@@ -50,7 +50,7 @@ from exeunt.plug import Plug
 from exeunt.policies import Adaptive
 from exeunt.recipes import Recipe
 from exeunt.report import Report
-from exeunt.states import Defer, Drop, Evict, Propagate
+from exeunt.states import Defer, Drop, Evict, Freeze, Propagate
 from exeunt.step import Step
 from exeunt.trial import try_state
 
@@ -105,8 +105,10 @@ class Attached(Plug):
             recipe = self.calibration.apply(model, recipe)
         self.model, self.recipe = model, recipe
         self._config = model.config.get_text_config(decoder=True)
-        if isinstance(recipe.state, Drop):
-            raise ValueError("attach: expected a state strategy for a language model's skipped layers, got Drop()")
+        if isinstance(recipe.state, (Drop, Freeze)):
+            raise ValueError(
+                f"attach: expected a state strategy for a language model's skipped layers, got {recipe.state}"
+            )
         self._state = recipe.state
         self._again = isinstance(recipe.state, Defer) and recipe.state.again
         self._evicts = isinstance(recipe.state, Evict)

@@ -36,7 +36,7 @@ from exeunt.classifier_heads import ClassifierHeads, View
 from exeunt.confidence import MEASURES, ExitPoint
 from exeunt.encoder_batch import Forward, Group
 from exeunt.heads import ExitHead
-from exeunt.models.encoder_structure import discover_encoder, first_tensor, named, parameters_of
+from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, first_tensor, named, parameters_of
 from exeunt.plug import Plug
 from exeunt.policies import At, Evidence, keep
 from exeunt.recipes import Recipe
@@ -77,7 +77,7 @@ class AttachedEncoder(Plug):
         buckets: bool = True,
     ) -> None:
         self._refuse_twice(model)
-        self.structure = discover_encoder(model)
+        self.structure = self._discover(model)
         calibration = self._loaded(calibration)
         if calibration is not None:
             recipe = calibration.apply(model if hasattr(model, "config") else self.structure.encoder, recipe)
@@ -88,6 +88,9 @@ class AttachedEncoder(Plug):
         self._local = _UnderWay()
         self.reset_report()
         self._put_on()
+
+    def _discover(self, model: Any) -> EncoderStructure:
+        return discover_encoder(model)
 
     def report(self) -> RowReport:
         """Everything counted since attach or :meth:`reset_report`."""

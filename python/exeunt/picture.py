@@ -11,7 +11,7 @@ from typing import Any
 from exeunt.demo import Answer, Outcome
 from exeunt.verdict import table, verdict
 
-__all__ = ["colour", "html", "png", "show", "wrap"]
+__all__ = ["colour", "html", "png", "show", "tagged", "wrap"]
 
 INK = "#1b1b1b"
 EARLY, LATE, FULL = (255, 112, 67), (255, 213, 79), (226, 228, 232)  # warm where early, grey at full depth
@@ -75,11 +75,53 @@ def show(outcome: Outcome, title: str, console: Any) -> None:
 
 def html(outcome: Outcome, title: str) -> str:
     """The same as an HTML page."""
+    console = _recording()
+    show(outcome, title, console)
+    return console.export_html(code_format=PAGE, inline_styles=True)
+
+
+def _recording() -> Any:
+    """A console for a page of HTML, coloured whatever stdout is."""
     from rich.console import Console
 
     options: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor", "no_color": False}
-    console = Console(record=True, width=100, file=io.StringIO(), **options)  # coloured whatever stdout is
-    show(outcome, title, console)
+    return Console(record=True, width=100, file=io.StringIO(), **options)
+
+
+def tagged(texts: list[str], spans: list[list[tuple[int, int, int]]], layers: int, title: str) -> str:
+    """A page of HTML with texts a tagger has read, each word on the colour of its depth.
+
+    Parameters
+    ----------
+    texts : list of str
+    spans : list of list of (int, int, int)
+        For each text: where a token of a word starts and ends, and how many layers ran for it.
+    layers : int
+        Of the model.
+    title : str
+
+    Examples
+    --------
+    >>> from exeunt import picture
+    >>> page = picture.tagged(["Ann sings"], [[(0, 3, 6), (4, 9, 2)]], 6, "A tagger")
+    >>> "left after 2 of 6 layers: 1 of 2 tokens" in page, picture.colour(2, 6) in page
+    (True, True)
+    """
+    from rich.text import Text
+
+    console = _recording()
+    console.print(Text(title, "bold"))
+    for text, own in zip(texts, spans, strict=True):
+        line = Text(text)
+        for start, end, depth in own:
+            line.stylize(f"{INK} on {colour(depth, layers)}", start, end)
+        console.print("", line, sep="\n")
+    found = [depth for own in spans for _, _, depth in own]
+    console.print()
+    for depth in sorted(set(found)):
+        name = f"left after {depth} of {layers} layers" if depth < layers else f"all {layers} layers"
+        count = f"{found.count(depth)} of {len(found)} tokens"
+        console.print(Text.assemble(("     ", f"{INK} on {colour(depth, layers)}"), f" {name}: {count}"))
     return console.export_html(code_format=PAGE, inline_styles=True)
 
 

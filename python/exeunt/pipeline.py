@@ -1,20 +1,25 @@
-"""transformers' text-classification pipeline on a model whose easy rows leave early: swapping takes one line."""
+"""transformers' classification pipelines on models whose easy rows or words leave early: swapping takes one line."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from exeunt.attach import attach
 from exeunt.calibration import Calibration
 from exeunt.encoder import AttachedEncoder
+from exeunt.policies import WordPolicy
 from exeunt.recipes import Recipe
-from exeunt.row_report import RowReport
+from exeunt.token_encoder import AttachedTagger
+from exeunt.words import word_map
 
-__all__ = ["Pipeline", "pipeline"]
+__all__ = ["Pipeline", "TaggingPipeline", "pipeline"]
 
 TASKS = ("text-classification", "sentiment-analysis")
+TAGGING = ("token-classification", "ner")
 MANY = 200  # texts from which on a bar shows how far it is
 
 
@@ -34,11 +39,12 @@ def pipeline(
     Parameters
     ----------
     task : str
-        ``"text-classification"`` or ``"sentiment-analysis"``.
+        ``"text-classification"`` or ``"sentiment-analysis"``; ``"token-classification"`` or ``"ner"``, whose tokenizer
+        has to be a fast one.
     model : str, path or transformers model
-        A sequence classifier.
+        A sequence classifier, or a tagger.
     recipe : Recipe
-        With ``ClassifierHeads``.
+        With ``ClassifierHeads``; for a tagger one over words (``recipes.tokee``, ``recipes.sentee``).
     tokenizer : str, path or tokenizer, optional
         By default that of the model's checkpoint.
     batch_size : int, default 32
@@ -48,11 +54,11 @@ def pipeline(
     progress : bool, default True
         Show a bar on standard error for lists of 200 texts or more.
     **settings
-        For transformers' pipeline (``device``, ``top_k``, ...).
+        For transformers' pipeline (``device``, ``top_k``, ``aggregation_strategy``, ...).
 
     Returns
     -------
-    Pipeline
+    Pipeline or TaggingPipeline
 
     Raises
     ------
@@ -78,8 +84,13 @@ def pipeline(
     >>> classify.report().layers_per_row
     1.0
     """
-    if task not in TASKS:
-        raise ValueError(f"pipeline: task must be {' or '.join(TASKS)}, got {task!r}")
+    if task not in (*TASKS, *TAGGING):
+        raise ValueError(f"pipeline: task must be {', '.join(TASKS)}, {' or '.join(TAGGING)}, got {task!r}")
+    if task in TAGGING and not isinstance(recipe.policy, WordPolicy):
+        raise ValueError(
+            f"pipeline: {task} expects a recipe over words, as recipes.tokee or recipes.sentee, "
+            f"got one with {type(recipe.policy).__name__}"
+        )
     try:
         import transformers
     except ImportError as missing:
@@ -92,7 +103,32 @@ def pipeline(
     if tokenizer is None:
         tokenizer = model if isinstance(model, str) else model.name_or_path
     stock = build(task, model=model, tokenizer=tokenizer, batch_size=batch_size, **settings)
+    if task in TAGGING:
+        if not stock.tokenizer.is_fast:
+            raise ValueError(
+                f"pipeline: {task} expects a fast tokenizer, which knows the words of its tokens, "
+                f"got {type(stock.tokenizer).__name__}"
+            )
+        stock.tokenizer = _WithWords(stock.tokenizer)
+        return TaggingPipeline(stock, AttachedTagger(stock.model, recipe, calibration), progress)
     return Pipeline(stock, attach(stock.model, recipe, calibration=calibration), progress)
+
+
+class _WithWords:
+    """A tokenizer whose results hold the word map as well, so that it goes to the model along with the ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.plain = tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoding = self.plain(*args, **kwargs)
+        encoding["words"] = word_map(encoding)
+        return encoding
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "plain":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.plain, name)
 
 
 class Pipeline:
@@ -105,6 +141,8 @@ class Pipeline:
     exits : AttachedEncoder
         What is on its model.
     """
+
+    SETTINGS: ClassVar[dict[str, Any]] = {"truncation": True}
 
     def __init__(self, stock: Any, exits: AttachedEncoder, progress: bool = True) -> None:
         self.stock, self.exits, self._progress = stock, exits, progress
@@ -120,7 +158,7 @@ class Pipeline:
         **settings
             Such as ``top_k``.
         """
-        settings.setdefault("truncation", True)
+        settings = {**self.SETTINGS, **settings}
         if isinstance(inputs, list):
             if not inputs:
                 return []
@@ -138,10 +176,54 @@ class Pipeline:
         results = self.stock((text for text in inputs), **settings)
         return iter(track(results, "Classifying", len(inputs), console=console, disable=not console.is_terminal))
 
-    def report(self) -> RowReport:
-        """What the exits did."""
+    def report(self) -> Any:
+        """What the exits did: a :class:`exeunt.row_report.RowReport`, or that of the tagger's words."""
         return self.exits.report()
 
     def detach(self) -> None:
         """Take the exits off; the pipeline goes on at full depth."""
         self.exits.detach()
+
+
+class TaggingPipeline(Pipeline):
+    """transformers' token classification and the exits on its model; made by :func:`pipeline`.
+
+    Results, aggregation strategies and the other settings are those of transformers.
+
+    Attributes
+    ----------
+    stock : transformers.TokenClassificationPipeline
+        The pipeline that does the work.
+    exits : AttachedTagger
+        What is on its model.
+    """
+
+    SETTINGS: ClassVar[dict[str, Any]] = {}
+    exits: AttachedTagger
+
+    def html(self, texts: str | list[str], title: str = "exeunt") -> str:
+        """A page on which every word stands on the colour of the layer at which it halted.
+
+        Parameters
+        ----------
+        texts : str or list of str
+            Run in one batch.
+        title : str, default "exeunt"
+        """
+        from exeunt.picture import tagged
+
+        texts = [texts] if isinstance(texts, str) else texts
+        coded = self.stock.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.exits.structure.longest, return_tensors="pt",
+            return_offsets_mapping=True,
+        )  # fmt: skip
+        offsets, words = coded.pop("offset_mapping").tolist(), coded["words"]
+        with self.stock.device_placement(), torch.no_grad():
+            self.stock.model(**{name: t.to(self.stock.model.device) for name, t in coded.items()})
+        depths = self.exits.depths
+        assert depths is not None
+        spans = [
+            [(*offsets[r][t], int(depths[r, t]) + 1) for t in words[r].nonzero()[:, 0].tolist()]
+            for r in range(len(texts))
+        ]
+        return tagged(texts, spans, self.exits.depth, title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from exeunt.generation import GenerationState
     from exeunt.step import Step
 
-__all__ = ["Defer", "Drop", "Evict", "Propagate", "Recompute", "TokenState"]
+__all__ = ["Defer", "Drop", "Evict", "Freeze", "Propagate", "Recompute", "TokenState"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,30 @@ class Drop:
     >>> exeunt.states.Drop()
     Drop()
     """
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """The state in which a word of a tagger halted: later layers read keys and values from it (TOKEE).
+
+    Parameters
+    ----------
+    norm : {"post", "pre"}
+        What is frozen: the layer's output, or what its last norm reads, so that each later layer applies its own norm
+        to it and the state still changes a little. In models that normalise before their products both are the same.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> exeunt.states.Freeze("pre")
+    Freeze(norm='pre')
+    """
+
+    norm: Literal["post", "pre"] = "post"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("post", "pre"):
+            raise ValueError(f"Freeze: norm must be 'post' or 'pre', got {self.norm!r}")
 
 
 @dataclass(frozen=True)

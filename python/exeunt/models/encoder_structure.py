@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from exeunt.models.structure import evaluating
 
-__all__ = ["EncoderStructure", "Layout", "discover_encoder", "encoder_in"]
+__all__ = ["EncoderStructure", "Layout", "discover_encoder", "encoder_in", "watched"]
 
 ROW, PLACE = "row", "place"
 ATTENTIONS = ("eager", "sdpa")
@@ -45,6 +45,10 @@ class EncoderStructure:
         Tokens of a row at most, None without a limit.
     layout : Layout
         Axes of what the layers take.
+    tokens : bool
+        Whether the logits are those of every token.
+    apart : tuple of int
+        Layers behind which the model does more than call the next one.
     """
 
     model: Any
@@ -55,6 +59,8 @@ class EncoderStructure:
     classes: int | None
     longest: int | None
     layout: Layout
+    tokens: bool = False
+    apart: tuple[int, ...] = ()
 
 
 @dataclass
@@ -123,7 +129,7 @@ def encoder_in(model: Any) -> Any:
     return getattr(found, found.base_model_prefix, found)
 
 
-def discover_encoder(model: Any) -> EncoderStructure:
+def discover_encoder(model: Any, tokens: bool = False) -> EncoderStructure:
     """Find layers, logits and the axes of arguments of a stock encoder.
 
     Parameters
@@ -131,6 +137,8 @@ def discover_encoder(model: Any) -> EncoderStructure:
     model : nn.Module
         A transformers encoder, bare or with a classification or regression head; or a module that calls one and whose
         ``forward(input_ids, attention_mask)`` returns logits [B, C].
+    tokens : bool, default False
+        The logits are those of every token, [B, S, C].
 
     Returns
     -------
@@ -160,7 +168,7 @@ def discover_encoder(model: Any) -> EncoderStructure:
             f"got {attention} in {name}: call set_attn_implementation('sdpa')"
         )
     stack = _stack(encoder, name)
-    first, second = (_watch(model, encoder, stack, *size) for size in _SIZES)
+    first, second = (_watch(model, encoder, stack, tokens, *size)[0] for size in _SIZES)
     layers = tuple(call.module for call in first.calls)
     if len(layers) < 2:
         raise ValueError(f"attach: expected at least two encoder layers, got {len(layers)} in {name}")
@@ -173,7 +181,10 @@ def discover_encoder(model: Any) -> EncoderStructure:
     output = classes = None
     if model is not encoder:
         output, classes = first.output, first.logits.shape[-1]
-    return EncoderStructure(model, encoder, layers, max(apart, default=0), output, classes, _longest(encoder), layout)
+    earliest = max(apart, default=0)
+    return EncoderStructure(
+        model, encoder, layers, earliest, output, classes, _longest(encoder), layout, tokens, tuple(apart)
+    )
 
 
 @dataclass
@@ -204,8 +215,10 @@ def _stack(encoder: Any, name: str) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _watch(model: Any, encoder: Any, stack: list[nn.Module], batch: int, length: int) -> _Run:
-    """Run rows of which the last one is padded."""
+def _watch(
+    model: Any, encoder: Any, stack: list[nn.Module], tokens: bool, batch: int, length: int
+) -> tuple[_Run, Tensor]:
+    """Run rows of which the last one is padded; the mask comes back as well."""
     calls: list[_Call] = []
     outputs: list[tuple[nn.Module, Any]] = []
     entered: list[nn.Module] = []
@@ -238,14 +251,30 @@ def _watch(model: Any, encoder: Any, stack: list[nn.Module], batch: int, length:
     if len(entered) != 1:
         raise ValueError(f"attach: expected {name} to call its encoder once in a forward, got {len(entered)} calls")
     if model is encoder:
-        return _Run(calls, first_tensor(out), None)
+        return _Run(calls, first_tensor(out), None), mask.to(device)
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
-        raise ValueError(f"attach: expected logits of one row a text from {name}, [{batch}, C], got something else")
+    rows = (batch, length) if tokens else (batch,)
+    if not isinstance(logits, Tensor) or logits.dim() != len(rows) + 1 or logits.shape[:-1] != rows:
+        what = (
+            f"every token from {name}, [{batch}, {length}, C]"
+            if tokens
+            else f"one row a text from {name}, [{batch}, C]"
+        )
+        raise ValueError(f"attach: expected logits of {what}, got something else")
     makers = [m for m, o in outputs if isinstance(o, Tensor) and o.shape == logits.shape and torch.equal(o, logits)]
     if not makers:
         raise ValueError(f"attach: expected the logits of {name} to be what one of its modules returns, found none")
-    return _Run(calls, logits, makers[-1])
+    return _Run(calls, logits, makers[-1]), mask.to(device)
+
+
+def watched(structure: EncoderStructure) -> list[tuple[tuple[int, int], Tensor, list[_Call]]]:
+    """For two sizes of a batch: the size, the mask [B, S], and the calls of all layers."""
+    stack = list(structure.layers)
+    found = []
+    for size in _SIZES:
+        run, mask = _watch(structure.model, structure.encoder, stack, structure.tokens, *size)
+        found.append((size, mask, run.calls))
+    return found
 
 
 def parameters_of(module: Any) -> list[str]:

@@ -53,6 +53,7 @@ from exeunt.policies.depth import Falling, FixedDepth, Oracle
 from exeunt.policies.labels import Patience, Vote, Window
 from exeunt.policies.protocol import At, Evidence, FirstOf, Policy, Position, State, keep
 from exeunt.policies.threshold import Decay, Threshold
+from exeunt.policies.words import Sentence, WordPolicy, WordWindow
 
 __all__ = [
     "Accumulate",
@@ -68,9 +69,12 @@ __all__ = [
     "Patience",
     "Policy",
     "Position",
+    "Sentence",
     "State",
     "Threshold",
     "Vote",
     "Window",
+    "WordPolicy",
+    "WordWindow",
     "keep",
 ]

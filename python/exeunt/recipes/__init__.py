@@ -22,6 +22,7 @@ from exeunt.recipes.classifiers import (
 )
 from exeunt.recipes.generators import calm, free, skipdecode, specee
 from exeunt.recipes.recipe import Recipe
+from exeunt.recipes.taggers import sentee, tokee
 
 __all__ = [
     "Recipe",
@@ -40,7 +41,9 @@ __all__ = [
     "leebert",
     "pabee",
     "right_tool",
+    "sentee",
     "shallow_deep",
     "skipdecode",
     "specee",
+    "tokee",
 ]

@@ -13,7 +13,7 @@ from exeunt.candidates import Candidates
 from exeunt.confidence import Confidence, ExitPoint
 from exeunt.heads import ExitHead, ExitHeads
 from exeunt.policies import At, Evidence, Policy, State
-from exeunt.states import Drop, TokenState
+from exeunt.states import Drop, Freeze, TokenState
 
 __all__ = ["Recipe"]
 
@@ -31,7 +31,7 @@ class Recipe:
         What is measured there; None for policies that read no score.
     policy : Policy
         What is decided from it.
-    state : Propagate, Defer, Recompute, Evict or Drop
+    state : Propagate, Defer, Recompute, Evict, Drop or Freeze
         What the skipped layers remember.
     heads : ExitHeads or None
         Exit heads by layer; an exit without one uses the model's own norm and head.
@@ -48,7 +48,7 @@ class Recipe:
     exits: tuple[int, ...] | None
     confidence: Confidence | None
     policy: Policy
-    state: TokenState | Drop
+    state: TokenState | Drop | Freeze
     heads: ExitHeads | None = None
 
     def __post_init__(self) -> None:

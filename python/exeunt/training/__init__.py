@@ -8,6 +8,7 @@ from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, select
 from exeunt.training.objectives import Objective, parse
 from exeunt.training.recording import Recording, record
+from exeunt.training.tagging import SelfSampling, Tagging
 from exeunt.training.terms import (
     CrossEntropy,
     Depth,
@@ -35,7 +36,9 @@ __all__ = [
     "ProbeLoss",
     "Recorded",
     "Recording",
+    "SelfSampling",
     "StateTerm",
+    "Tagging",
     "Windows",
     "adamw",
     "depth_weights",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exeunt.heads import ExitHeads
-from exeunt.models import Structure, discover
+from exeunt.models import EncoderStructure, Structure, discover
 from exeunt.training.objectives import Objective
 from exeunt.training.terms import Depth
 
@@ -136,7 +136,7 @@ def check_exits(exits: Iterable[int], layers: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def watch(structure: Structure, exits: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def watch(structure: Structure | EncoderStructure, exits: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """A mapping that every forward fills with the states after these layers, [B, S, D]."""
     states: dict[int, Tensor] = {}
 
