@@ -154,7 +154,8 @@ class Accumulate(Policy):
         usable = seen.score.isfinite()
         gained = torch.where(usable, weight * seen.score, 0.0)
         state["total"] = torch.where(same & usable, state["total"] + gained, gained)
-        return state["total"] >= (self.threshold[at.exit] if isinstance(self.threshold, tuple) else self.threshold)
+        threshold = self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[at.exit]
+        return state["total"] >= threshold
 
     def sums(self, scores: Tensor, labels: Tensor) -> Tensor:
         """[n, E] sums of rows that no exit lets go, from their scores and labels [n, E]: what a threshold is to bound.
