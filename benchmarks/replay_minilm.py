@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--exits", type=Path, required=True, help="what the example fitted: folder or file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the recording")
     parser.add_argument("--points", type=int, default=4, help="operating points of a recipe; default 4")
+    parser.add_argument("--rows", type=int, default=None, help="snippets that are run live; default all")
     args = parser.parse_args()
     model, linear = load(args.exits if args.exits.is_file() else args.exits / "classifier-0.safetensors")
     heads, coder, (texts, labels) = exit_heads(linear, probes=True), tokenizer(48), held_out(args.data)
@@ -72,8 +73,9 @@ def main() -> int:
     accuracy = (recording.predicted == recording.labels[:, None]).double().mean(0)
     print(f"{len(recording)} snippets, accuracy by layer {' / '.join(f'{100 * a:.1f}' for a in accuracy)} %")
 
-    batches = [coder(texts[k : k + 32]) for k in range(0, len(texts), 32)]
-    return 0 if compare(model, heads, recording, batches, args.points) else 1
+    some = texts[: args.rows]
+    batches = [coder(some[k : k + 32]) for k in range(0, len(some), 32)]
+    return 0 if compare(model, heads, recording.take(slice(len(some))), batches, args.points) else 1
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import textwrap
 from pathlib import Path
 
 from exeunt import recipes
-from exeunt.heads import ExitHead, ExitHeads, Probe
+from exeunt.heads import CandidateProbe, ExitHead, ExitHeads
 from exeunt.policies import FirstOf
 
 PAGE = Path(__file__).with_name("systems.md")
 BEGIN, END = "<!-- python docs/make_systems.py -->\n", "<!-- end -->\n"
 
-PROBES = ExitHeads({4: ExitHead(probe=Probe(8))})
+PROBES = ExitHeads({4: ExitHead(candidates=CandidateProbe())})
 # What recipes without defaults for everything are made with, to be looked at.
 MADE_WITH = {
     "calm": {"exits": [4]},

@@ -6,8 +6,9 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,11 +102,15 @@ oracle, and how far each exit's confidence can be believed. Writes index.html, w
 
 A recording is a folder that exeunt.evaluation.record wrote, or an .npz file with logits [n, exits + 1, classes], full
 depth last, and, if you have them, labels [n], exits and layers. Nothing is run but arithmetic.
+
+With --model and --data, a causal language model reads the text once, and its tokens are what is recorded: the page then
+shows the depth of every word too, and the best estimate is held against a live generation.
 """
 EVALUATE_END = """\
 examples:
   exeunt evaluate --recording minilm-recording --out report
   exeunt evaluate --recording logits.npz --out report --consistency 0.99 --points 100
+  exeunt evaluate --model small --data manual.txt --exits 3,5,7 --out report
 """
 
 
@@ -219,7 +224,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EVALUATE_END,
         formatter_class=raw,
     )
-    evaluate.add_argument("--recording", required=True, type=Path, metavar="PATH", help="a recording, or an .npz file")
+    evaluate.add_argument("--recording", type=Path, metavar="PATH", help="a recording, or an .npz file")
+    evaluate.add_argument("--model", metavar="FOLDER", help="instead: a transformers model, or small, or smollm2")
+    evaluate.add_argument("--data", type=Path, metavar="PATH", help="its text file, or folder of *.txt files")
+    evaluate.add_argument("--exits", type=terminal.layers, metavar="E,E", help="its layers to leave after, from 0 on")
+    evaluate.add_argument(
+        "--tokens", type=terminal.positive, default=2048, metavar="N", help="of the text, at most (2048)"
+    )
     evaluate.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for the page and its pictures")
     evaluate.add_argument(
         "--points", type=terminal.positive, default=50, metavar="N", help="operating points of a rule (50)"
@@ -341,7 +352,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         from exeunt.evaluation import load, of_npz, report
 
-        recording = load(args.recording) if args.recording.is_dir() else of_npz(args.recording)
+        if (args.recording is None) == (args.model is None):
+            raise ValueError("expected a --recording, or a --model with --data and --exits")
+        words, live = None, None
+        if args.model is not None:
+            recording, words, live = _read_text(args)
+        else:
+            recording = load(args.recording) if args.recording.is_dir() else of_npz(args.recording)
         errors = Console(stderr=True)
         with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
             task = progress.add_task("Replaying", total=5)
@@ -351,6 +368,33 @@ def _evaluate(args: argparse.Namespace) -> None:
                 title=args.title,
                 points=args.points,
                 consistency=args.consistency,
+                words=words,
+                live=live,
                 advance=lambda part: progress.advance(task),
             )
     print(f"wrote {page}")
+
+
+def _read_text(args: argparse.Namespace) -> tuple[Any, list[str], Callable[[Any], str]]:
+    """The recording of a language model on text, its words, and what a live run says beside an estimate."""
+    if args.data is None or args.exits is None:
+        raise ValueError("--model needs --data and --exits")
+    text = "\n\n".join(terminal.read(args.data))  # before the model is loaded
+    from exeunt.evaluation import live_check, record_tokens
+
+    length, prompt = 128, 16
+    with terminal.quiet():
+        model, tokenizer = terminal.load(args.model, torch.float32)
+        ids = torch.tensor(tokenizer(text)["input_ids"][: args.tokens])
+    if len(ids) < length:
+        raise ValueError(f"--data must hold at least {length} tokens, got {len(ids)}")
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    recording = record_tokens(model, rows, args.exits, prompt=prompt, progress=sys.stderr.isatty())
+    assert recording.labels is not None
+
+    def live(estimate: Any) -> str:
+        said = live_check(model, estimate, rows[:4, :prompt])
+        print(said)
+        return said
+
+    return recording, [tokenizer.decode([i]) for i in recording.labels.tolist()], live

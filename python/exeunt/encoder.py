@@ -155,7 +155,8 @@ class AttachedEncoder(Plug):
         few = head.plain and not self._heads.remembers and head.classes <= FEW
         if bound is None or not known or not few or not ops.Check.runs_on(head.out.weight):
             return None
-        return ops.Check(**head.layers(), measure=measure.name, threshold=bound, tokens=head.pooling == "mean")
+        assert measure is not None
+        return ops.Check(**head.weights(), measure=measure.name, threshold=bound, tokens=head.pooling == "mean")
 
     def _install(self) -> None:
         s = self.structure

@@ -114,6 +114,7 @@ class Forward:
         if self.final is None:
             self.final, self.depth = group.hidden.clone(), self._everyone(self.layers - 1)
             self.logits = logits.new_zeros(self.size[0], logits.shape[1])
+            assert rows is not None
             places = rows
         else:
             hidden = group.hidden if rows is None else group.hidden.index_select(0, rows)

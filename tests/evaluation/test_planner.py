@@ -46,6 +46,8 @@ def costs(**changes):
         ({"batch": 2, "fixed": 0.0}, [1, 5], [1], 7 - 2 + 0.1),  # layers cost by the row
         ({"batch": 2, "fixed": 0.5}, [1, 5], [1], 7 - 1 + 0.1),
         ({"batch": 2, "fixed": 0.0}, [1, 5], [1, 3], 7 - 2 + 0.1 + 0.05),
+        ({"batch": 2, "fixed": 0.0, "half": 0.25}, [1, 5], [1], 7 - 3 + 0.1),  # who stays is also cut to its length
+        ({"batch": 4, "fixed": 0.0, "half": 0.25}, [1, 1, 1, 5], [1], 7 - 3.5 + 0.1),
         ({"batch": 8}, [1, 1], [1], 3.1),  # fewer rows than a batch
     ],
 )
@@ -124,7 +126,7 @@ def test_bad_input_gets_one_sentence(call, message):
 
 def test_costs_of_a_model_by_its_own_clock(monkeypatch):
     """A model whose clock is known: every part comes out as it was put in."""
-    exits, parts = (1, 3), {"stock": 10.0, "layer": 1.25, "check": 0.5, "leave": 0.25, "row": 0.0625}
+    exits, parts = (1, 3), {"stock": 10.0, "layer": 1.25, "check": 0.5, "leave": 0.25, "row": 0.0625, "half": 0.4}
     attached = []
 
     class Attach:
@@ -145,6 +147,11 @@ def test_costs_of_a_model_by_its_own_clock(monkeypatch):
         if not attached:
             return stock + next(noise)
         recipe = attached[-1]
+        if not isinstance(recipe.policy, exeunt.policies.Threshold):  # every second row leaves
+            seen = exeunt.policies.Evidence(torch.zeros(8))
+            assert recipe.policy.step({}, seen, exeunt.policies.At(0, 1, 1)).sum() == 4 and recipe.exits == (1,)
+            saved = (LAYERS - 1 - recipe.exits[0]) * parts["layer"] * (1 - parts["half"])
+            return stock - saved + parts["check"] + parts["leave"]
         if recipe.policy.value == float("inf"):
             return stock + len(recipe.exits) * parts["check"]
         return stock - (LAYERS - 1 - recipe.exits[0]) * parts["layer"] + parts["check"] + parts["leave"]
@@ -153,6 +160,7 @@ def test_costs_of_a_model_by_its_own_clock(monkeypatch):
     got = measure_costs(None, recipe, step, batch=8, layers=LAYERS, repeats=3)
     assert got.stock == pytest.approx(10.0) and got.layer == pytest.approx(1.25) and got.check == pytest.approx(0.5)
     assert got.leave == pytest.approx(0.25) and got.fixed == pytest.approx(0.95)  # 9.5 of 10 don't depend on rows
+    assert got.half == pytest.approx(0.4)
     one = measure_costs(None, recipe.__class__((1,), *[getattr(recipe, f) for f in ("confidence", "policy", "state")]),
                         step, batch=1, layers=LAYERS, repeats=3)  # fmt: skip
     assert one.fixed == 1.0 and one.layer >= 0

@@ -55,6 +55,39 @@ def test_words_of_a_generation(tmp_path):
         report(tokens, tmp_path, words=["a"])
 
 
+def test_an_estimate_is_held_against_a_live_run(tmp_path):
+    tokens, asked = recording(labels=None, positions=torch.arange(150) % 30, limit=30), []
+
+    def live(estimate):
+        asked.append(estimate)
+        return "Live: <as told>"
+
+    text = report(tokens, tmp_path, points=4, consistency=0.5, live=live).read_text()
+    assert "Live: &lt;as told&gt;" in text and len(asked) == 1 and not asked[0].exact
+    least = min(r.mean_layers for curve in sweep(tokens, 4).values() for r in curve
+                if r.consistency >= 0.5 and not r.exact)  # fmt: skip
+    assert asked[0].mean_layers == least
+    assert "live" not in report(recording(), tmp_path, points=4, live=live).read_text().lower() and len(asked) == 1
+
+
+def test_command_line_reads_a_text_with_a_model(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text("Return the number of items in the list. " * 60)
+    out = tmp_path / "out"
+    arguments = ["--model", "small", "--data", tmp_path / "text.txt", "--exits", "5,7", "--out", out, "--points", 3]
+    status, said = run(capsys, *arguments, "--tokens", 256, "--consistency", 0.5)
+    page = (out / "index.html").read_text()
+    assert status == 0 and "Live, " in said.out and "generated tokens" in page
+    assert "Depth of each word" in page and page.count(' layers">') == 2 * (128 - 16 - 1)
+    assert 'layers"> number</span>' in page or 'layers">number</span>' in page
+    for wrong, message in (
+        (arguments[:4], "--model needs --data and --exits"),
+        ([], "expected a --recording, or a --model with --data and --exits"),
+    ):
+        status, said = run(capsys, *wrong, "--out", out)
+        assert status == 2 and message in said.err
+
+
 def run(capsys, *args):
     status = cli.main(["evaluate", *map(str, args)])
     return status, capsys.readouterr()

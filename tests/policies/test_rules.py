@@ -400,7 +400,7 @@ def test_scores_that_are_not_finite_never_leave(case, wrong):
         (lambda: Window(4).check(0, 1, "x", 3), r"at most the number of exits \(3\), got 4"),
         (lambda: Halting(0.0), "eps must lie between 0 and 1, got 0.0"),
         (lambda: Halting().check(-math.inf, 0, "neg_entropy"), r"within 0\.\.1, got neg_entropy with range -inf\.\.0"),
-        (lambda: Accumulate(-1.0), "threshold must be finite and larger than 0, got -1.0"),
+        (lambda: Accumulate(-1.0), "threshold must be larger than 0, got -1.0"),
         (lambda: Accumulate(1.0, [1.0, NAN]), "weights must be finite and not negative, got nan"),
         (lambda: Accumulate(1.0, [1.0]).check(0, 1, "max_prob", 2), "one weight for each of 2 exits, got 1"),
         (lambda: Accumulate(1.0).check(-1, 1, "saturation"), r"within 0\.\.1, got saturation"),

@@ -11,6 +11,7 @@ from exeunt.calibration.beta_mixture import beta_mixture
 from exeunt.calibration.budget import budget
 from exeunt.calibration.conformal import conformal
 from exeunt.calibration.contract import Contract
+from exeunt.calibration.error_rates import error_rates
 from exeunt.calibration.learn_then_test import learn_then_test
 from exeunt.calibration.leaving import first_exit
 from exeunt.calibration.risk_control import risk_control
@@ -24,6 +25,7 @@ __all__ = [
     "beta_mixture",
     "budget",
     "conformal",
+    "error_rates",
     "fingerprints",
     "first_exit",
     "learn_then_test",

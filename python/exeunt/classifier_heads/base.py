@@ -130,7 +130,7 @@ class ClassifierHead(nn.Module):
         """Logits [n, C]; differentiable."""
         return self.out(self.features(view))
 
-    def layers(self) -> dict[str, Tensor | None]:
+    def weights(self) -> dict[str, Any]:
         """Parameters of a `plain` head, as :func:`exeunt.ops.classify` takes them."""
         found = {"weight": self.out.weight, "bias": self.out.bias}
         pooler = getattr(self, "pooler", None)
@@ -142,7 +142,7 @@ class ClassifierHead(nn.Module):
             hidden, mask = view.hidden[:, 0], None
             if self.pooling == "mean":
                 hidden, mask = view.hidden, None if view.mask is None else view.mask != 0
-            logits, stats = ops.classify(hidden, mask=mask, **self.layers())
+            logits, stats = ops.classify(hidden, mask=mask, **self.weights())
             return Judged(logits, stats, None if self.meta is None else self.features(view))
         features = self.features(view)
         logits = features.new_empty(features.shape[0], self.classes)

@@ -76,6 +76,7 @@ class MetaProbe(nn.Module):
         view.memory["probabilities"] = new if earlier is None else torch.cat((earlier, new), 1)
         one_hot = torch.nn.functional.one_hot(label, self.classes).to(probabilities)
         stats = judged.stats
+        assert judged.features is not None
         said = torch.stack((stats.max_prob, stats.margin), 1)
         return torch.cat((one_hot, judged.features.float(), said, history, said.new_full((n, 1), depth)), 1)
 

@@ -21,7 +21,7 @@ from exeunt.attach import attach
 from exeunt.confidence import measure
 from exeunt.evaluation.sweep import sweep
 from exeunt.heads import ExitHeads
-from exeunt.policies import Oracle, Threshold
+from exeunt.policies import At, Evidence, Oracle, Policy, State, Threshold
 from exeunt.recipes import Recipe
 from exeunt.replay import Recording, Replay, replay
 from exeunt.states import Drop
@@ -51,6 +51,9 @@ class Costs:
         Once for each exit at which rows leave; less than 0 where leaving saves a read of the head.
     fixed : float, default 1.0
         Share of a layer's and a check's time that is the same for one row as for all: 1 where reading weights decides.
+    half : float, optional
+        Share of a layer's time that half of the rows take: less than a half where rows that stay are also cut to their
+        own length. By default what ``fixed`` says.
 
     Examples
     --------
@@ -68,6 +71,14 @@ class Costs:
     check: float
     leave: float
     fixed: float = 1.0
+    half: float | None = None
+
+    def work(self, share: Tensor) -> Tensor:
+        """Share of a layer's time that a share of the rows takes: straight lines between what was measured."""
+        half = (1 + self.fixed) / 2 if self.half is None else self.half
+        fixed = min(self.fixed, half)
+        lower, upper = fixed + (half - fixed) * 2 * share, half + (1 - half) * (2 * share - 1)
+        return torch.where(share > 0, torch.where(share < 0.5, lower, upper), 0.0)
 
     def seconds(self, depth: Tensor, exits: Iterable[int], seed: int = 0) -> float:
         """Expected seconds of a step.
@@ -83,7 +94,7 @@ class Costs:
         batch = min(self.batch, len(depth))
         steps = depth[order][: len(depth) // batch * batch].view(-1, batch)
         running = torch.stack([(steps >= layer).sum(1) for layer in range(self.layers)], 1)  # [steps, L]
-        work = torch.where(running > 0, self.fixed + (1 - self.fixed) * running / batch, 0.0)
+        work = self.work(running / batch)
         checked = [e for e in exits if e < self.layers - 1]
         left = sum(((steps == e).any(1).double() for e in checked), torch.zeros(len(steps), dtype=torch.float64))
         seconds = self.stock - self.layer * (self.layers - work.sum(1))
@@ -175,6 +186,8 @@ def measure_costs(
         timed("never", batch, never)
         for e, all_leave in always.items():
             timed(e, batch, all_leave)
+        if batch > 1:
+            timed("half", batch, dataclasses.replace(recipe, exits=exits[:1], policy=_Half()))
     runs = {name: values[1:] for name, values in times.items()}  # the first warms up
     stock = statistics.median(runs["stock"])
     # Differences within a turn: what disturbs a machine for a while is in both.
@@ -187,11 +200,22 @@ def measure_costs(
     else:
         layer = (stock + check - took[first]) / (layers - 1 - first)
     leave = took[first] - check - (stock - layer * (layers - 1 - first))
-    fixed = 1.0
+    fixed, half = 1.0, None
     if batch > 1:
         slope = (stock - took["one"]) / (batch - 1)
         fixed = min(max((took["one"] - slope) / stock, 0.0), 1.0)
-    return Costs(batch, layers, stock, layer, check, leave, fixed)
+        saved = stock + check + leave - took["half"]
+        half = min(max(1 - saved / (layer * (layers - 1 - first)), 0.1), 1.0) if layer > 0 else None
+    return Costs(batch, layers, stock, layer, check, leave, fixed, half)
+
+
+@dataclass(frozen=True)
+class _Half(Policy):
+    """Every second row leaves."""
+
+    def step(self, state: State, seen: Evidence, at: At) -> Tensor:
+        assert seen.score is not None
+        return torch.arange(len(seen.score), device=seen.score.device) % 2 == 0
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def report(
     points: int = 50,
     consistency: float = 0.95,
     words: Sequence[str] | None = None,
+    live: Callable[[Replay], str] | None = None,
     advance: Callable[[str], None] | None = None,
 ) -> Path:
     """Write ``index.html`` and PNG files: what every recipe would do on recorded data.
@@ -66,6 +67,9 @@ def report(
         Share of answers as at full depth at which recipes are compared.
     words : sequence of str, optional
         The text of each row, for the depth map.
+    live : callable, optional
+        Told the estimate with the fewest layers, it says in a sentence how a live run compares
+        (:func:`exeunt.evaluation.live_check`).
     advance : callable, optional
         Told the name of each part when it is done.
 
@@ -108,6 +112,11 @@ def report(
         "reliability": ("What an exit's confidence is worth", lambda axes: _reliability(axes, recording)),
     }
     body = [f"<p>{_about(recording)}</p>", _table(recording, best, consistency)]
+    estimates = {name: r for name, r in best.items() if r is not None and not r.exact}
+    if estimates:
+        name, estimate = min(estimates.items(), key=lambda item: item[1].mean_layers)
+        held = "Hold a live run against them." if live is None else f"{name}: {live(estimate)}"
+        body.append(f'<p class="note">Estimates: {html.escape(estimate.why)}. {html.escape(held)}</p>')
     for name, (heading, draw) in pictures.items():
         png = _png(draw)
         files.write(folder / f"{name}.png", png)
@@ -160,9 +169,6 @@ def _table(recording: Recording, best: dict[str, Replay | None], consistency: fl
             _row("td", [name, f"{r.mean_layers:.2f}", f"{r.speedup:.2f}x", f"{r.consistency:.1%}", *right, exact])
         )
     lines.append("</table>")
-    estimates = [r for r in best.values() if r is not None and not r.exact]
-    if estimates:
-        lines.append(f'<p class="note">Estimates: {estimates[0].why}. Hold a live run against them.</p>')
     return "\n".join(lines)
 
 

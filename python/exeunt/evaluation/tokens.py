@@ -124,7 +124,7 @@ def record_tokens(
 
 def _candidate_scores(structure: Structure, owns: dict[int, ExitHead], states: list[Tensor]) -> list[Tensor]:
     """Scores [n] of every exit's probe of candidates, NaN where the whole head says none of them."""
-    probes = [own.candidates for own in owns.values()]
+    probes = [own.candidates for own in owns.values() if own.candidates is not None]
     ids, logits, predicted = over_exits(structure, [s.contiguous() for s in states], probes[0].count)
     shown, scores = torch.full_like(logits[:, 0], torch.nan), []
     for k, probe in enumerate(probes):

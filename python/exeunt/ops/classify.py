@@ -240,7 +240,8 @@ class Check:
         readable = unit == 1 and d == self._width and (mask is None or mask.stride(1) == 1)
         if not (readable and hidden.is_cpu and _backend.direct(hidden, self._weight)):
             return -1, hidden
-        cpu, threads = _backend.cpu, torch.get_num_threads()
+        cpu: Any = _backend.cpu
+        threads = torch.get_num_threads()
         pooler, head = self._args
         leave = _aligned(n * self._classes * 4)
         work = leave + _aligned(n)

@@ -97,8 +97,8 @@ class Accumulate(Policy):
 
     Parameters
     ----------
-    threshold : float
-        Larger than 0.
+    threshold : float or sequence of float
+        Larger than 0, or ``math.inf``; several: one for each exit.
     weights : sequence of float, optional
         One for each exit, for instance its cost or its accuracy on held-out data; by default 1.
 
@@ -112,12 +112,15 @@ class Accumulate(Policy):
     [False, True]
     """
 
-    threshold: float
+    threshold: float | Sequence[float]
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
-            raise ValueError(f"Accumulate: threshold must be finite and larger than 0, got {self.threshold}")
+        if not isinstance(self.threshold, (int, float)):
+            object.__setattr__(self, "threshold", tuple(float(t) for t in self.threshold))
+        for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if not t > 0:
+                raise ValueError(f"Accumulate: threshold must be larger than 0, got {t}")
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
             wrong = [w for w in self.weights if not (math.isfinite(w) and w >= 0)]
@@ -134,6 +137,10 @@ class Accumulate(Policy):
         _within_0_1("Accumulate", low, high, measure)
         if exits is not None and self.weights is not None and len(self.weights) != exits:
             raise ValueError(f"Accumulate: expected one weight for each of {exits} exits, got {len(self.weights)}")
+        if exits is not None and isinstance(self.threshold, tuple) and len(self.threshold) != exits:
+            raise ValueError(
+                f"Accumulate: threshold must be one number, or one for each of {exits} exits, got {len(self.threshold)}"
+            )
 
     def start(self, rows: int, device: torch.device | str | None = None, classes: int | None = None) -> State:
         """The sum so far, and the label that it belongs to."""
@@ -147,4 +154,21 @@ class Accumulate(Policy):
         usable = seen.score.isfinite()
         gained = torch.where(usable, weight * seen.score, 0.0)
         state["total"] = torch.where(same & usable, state["total"] + gained, gained)
-        return state["total"] >= self.threshold
+        threshold = self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[at.exit]
+        return state["total"] >= threshold
+
+    def sums(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """[n, E] sums of rows that no exit lets go, from their scores and labels [n, E]: what a threshold is to bound.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from exeunt.policies import Accumulate
+        >>> Accumulate(1.0).sums(torch.tensor([[0.5, 0.25, 1.0]]), torch.tensor([[1, 1, 0]]))
+        tensor([[0.5000, 0.7500, 1.0000]])
+        """
+        state, exits, found = self.start(len(scores), scores.device), scores.shape[1], []
+        for k in range(exits):
+            self.step(state, Evidence(scores[:, k], labels[:, k]), At(k, k, exits))
+            found.append(state["total"])
+        return torch.stack(found, 1)

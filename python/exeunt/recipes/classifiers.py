@@ -554,7 +554,7 @@ def cats(threshold: Thresholds = 0.95, *, exits: Iterable[int] | None = None, he
 
 
 def beem(
-    threshold: float = 2.0,
+    threshold: Thresholds = 2.0,
     *,
     weights: Sequence[float] | None = None,
     exits: Iterable[int] | None = None,
@@ -566,8 +566,8 @@ def beem(
 
     Parameters
     ----------
-    threshold : float, default 2.0
-        The paper's alpha.
+    threshold : float or sequence of float, default 2.0
+        The paper's alpha; several: one an exit, from :func:`exeunt.calibration.error_rates`.
     weights : sequence of float, optional
         One an exit: its cost, or its accuracy on held-out data. By default 1.
     exits, heads : optional
@@ -580,7 +580,8 @@ def beem(
     Notes
     -----
     **Published.** Weights by cost or by accuracy; the threshold is found by search on error rates of the exits.
-    **Deviations.** One threshold for all exits. Its code was not read.
+    **Deviations.** `calibration.error_rates` is our reading of that search: for each exit the lowest threshold at which
+    those that leave there are wrong no more often than a level, for instance as full depth is. Its code was not read.
 
     Examples
     --------
@@ -588,4 +589,4 @@ def beem(
     >>> exeunt.recipes.beem(1.5).policy
     Accumulate(threshold=1.5, weights=None)
     """
-    return _classifier("max_prob", Accumulate(threshold, weights), exits, heads)
+    return _classifier("max_prob", Accumulate(_threshold(threshold), weights), exits, heads)

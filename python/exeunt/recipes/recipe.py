@@ -142,8 +142,8 @@ class Recipe:
                 state["earlier label"] = stats.argmax
             if self.candidates is not None:
                 assert point.local is not None
-                point = dataclasses.replace(point, shown=state["shown"])
-                state["shown"] = point.local.float().softmax(-1)
+                shown, state["shown"] = state["shown"], point.local.float().softmax(-1)
+                point = dataclasses.replace(point, shown=shown)
             score = self.confidence.score(point)
         label = None if stats is None else stats.argmax
         prob = stats.max_prob if stats is not None and "prob" in needs else None
