@@ -131,9 +131,9 @@ struct KvPlace {
   int64_t key_row, key_head, key_slot, value_row, value_head, value_slot;
 };
 
-// Rotary tables [N, R] float32 of a layer, or null.
+// Rotary tables [N, R] of a layer, or null.
 struct KvRotary {
-  const float *cos, *sin;
+  const void *cos, *sin;
 };
 
 // Rows are sorted by from_layer: those that a layer serves come first.
@@ -154,7 +154,9 @@ struct KvFillParams {
 
   const KvLayer* layers;   // [until]
   const KvPlace* places;   // [until]
-  const KvRotary* tables;  // [until], or null: none at all
+  const KvRotary* tables;  // [until], or one for all layers, or null: none at all
+  bool one_table;
+  DType tables_dtype;
   int64_t until;
 
   void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned
