@@ -122,6 +122,8 @@ class AttachedEncoder(Plug):
                 f"attach: expected exit heads of {s.classes} labels like the model, got {', '.join(map(str, classes))}"
             )
         measure = recipe.confidence
+        if recipe.candidates is not None:
+            raise ValueError(f"attach: {recipe.measures} names words of a vocabulary: expected a language model")
         if min(classes) < 2 and measure is not None and measure.reads_head:
             raise ValueError(
                 f"attach: {measure.name} needs two labels or more, got a regression: use a probe, or patience"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from exeunt.confidence import Confidence, measure
+from torch import Tensor
+
+from exeunt.confidence import Confidence, candidate_probe, measure
 from exeunt.heads import ExitHeads
 from exeunt.policies import Adaptive, Decay, Falling, FixedDepth, Policy, Threshold
 from exeunt.recipes.recipe import Recipe
@@ -147,12 +149,16 @@ def specee(
     exits: Iterable[int] | None = None,
     threshold: float = 0.5,
     *,
+    count: int = 4,
+    draft: Callable[[Tensor], Tensor] | None = None,
     heads: ExitHeads | None = None,
     lazy: bool = False,
+    state: TokenState | None = None,
 ) -> Recipe:
     """SpecEE (Xu et al., ISCA 2025).
 
-    A token leaves at the first exit at which a probe says that the answer is there.
+    A token leaves at the first exit at which a probe, reading the logits of a few candidates, says that the answer is
+    there, and the whole head then says one of them.
 
     Parameters
     ----------
@@ -160,10 +166,17 @@ def specee(
         Layers after which a token may leave, 0-based; by default those of ``heads``.
     threshold : float, default 0.5
         Of the probe.
-    heads : ExitHeads, optional
-        With a probe at every exit.
+    count : int, default 4
+        Candidates, 2 to 8.
+    draft : callable, optional
+        Names them: from the states [n, D] after the first exit's layer to ids [n, count]. By default they are the
+        words with the largest logits there.
+    heads : ExitHeads
+        With a :class:`exeunt.heads.CandidateProbe` at every exit (:func:`exeunt.training.train_candidate_probes`).
     lazy : bool, default False
         As in :func:`calm`.
+    state : TokenState, optional
+        What skipped layers remember instead: ``states.Evict()`` as the published code has it.
 
     Returns
     -------
@@ -171,24 +184,26 @@ def specee(
 
     Notes
     -----
-    **Published.** 0.5; layers 15, 16, 17, 19, 21, 24, 26 and 28 of Llama-2-7B and those near the last five exits.
-    **Deviations.** The probe reads the exit state. The published one reads the logits of four candidates that a draft
-    model proposes, their probabilities, and how these have changed since the last check; and an exit counts only if the
-    full head then agrees. Neither is built. Skipped layers get keys and values (there they miss the token, so that
-    layers differ in length).
+    **Published.** 0.5; layers 15, 16, 17, 19, 21, 24, 26 and 28 of Llama-2-7B and those near the last five exits; the
+    predictor has one hidden layer of 512.
+    **Deviations.** The candidates come from the first exit, by one read of the head, where the paper has EAGLE's draft
+    model (a ``draft`` of yours takes its place). All exits are looked at: those near the last ones of a generation are
+    not chosen as it runs. Skipped layers get keys and values unless ``state`` says otherwise; there they miss the
+    token, so that layers differ in length.
 
     Examples
     --------
     >>> import exeunt
-    >>> from exeunt.heads import ExitHead, ExitHeads, Probe
-    >>> exeunt.recipes.specee(heads=ExitHeads({4: ExitHead(probe=Probe(16))})).policy.value
-    0.5
+    >>> from exeunt.heads import CandidateProbe, ExitHead, ExitHeads
+    >>> recipe = exeunt.recipes.specee(heads=ExitHeads({e: ExitHead(candidates=CandidateProbe()) for e in (4, 7)}))
+    >>> recipe.measures, recipe.policy.value, recipe.candidates.count
+    ('candidate_probe', 0.5, 4)
     """
     exits = heads if exits is None else exits
     if exits is None:
         raise ValueError("specee: give exits, or heads that have them, got neither")
     policy = Threshold(threshold, strict=True)
-    return Recipe(tuple(sorted(exits)), measure("probe"), policy, Propagate(lazy), heads)
+    return Recipe(tuple(sorted(exits)), candidate_probe(count, draft), policy, state or Propagate(lazy), heads)
 
 
 def skipdecode(
