@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from exeunt import files
 
-__all__ = ["DecoderLayer", "ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint"]
+_Own = TypeVar("_Own", bound=nn.Module)
+
+__all__ = ["CandidateProbe", "DecoderLayer", "ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint"]
 
 FORMAT = "exeunt.heads"
 FORMAT_VERSION = "1"
@@ -200,14 +202,51 @@ class Probe(nn.Module):
         x = rms_normalized(h, self.eps)
         return (x if self.hidden is None else F.relu(self.hidden(x))) @ self.weight + self.bias
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Probe:
+    def _apply(self: _Own, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Own:
         # `.to()`, `.half()` and `.cuda()` of any module around this one end here: follow the device only.
         def keep_float32(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if moved.dtype == torch.float32 else t.to(moved.device)
 
-        super()._apply(keep_float32, recurse)
+        nn.Module._apply(self, keep_float32, recurse)
         return self
+
+
+class CandidateProbe(nn.Module):
+    """SpecEE's predictor: whether an exit says what full depth will, from what it says of a few candidates.
+
+    Reads :func:`exeunt.candidates.features`: linear, relu, linear, sigmoid. Stays float32 when it is cast.
+
+    Parameters
+    ----------
+    count : int, default 4
+        Candidates.
+    width : int, default 512
+        Of the hidden layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.heads import CandidateProbe
+    >>> CandidateProbe()(torch.zeros(2, 12)).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, count: int = 4, width: int = 512) -> None:
+        super().__init__()
+        self.count, self.width = count, width
+        self.hidden = nn.Linear(3 * count, width, dtype=torch.float32)
+        self.out = nn.Linear(width, 1, dtype=torch.float32)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Probability [...] for features [..., 3 * count]."""
+        return torch.sigmoid(self.logit(features))
+
+    def logit(self, features: Tensor) -> Tensor:
+        """Log-odds."""
+        return self.out(F.relu(self.hidden(features)))[..., 0]
+
+    _apply = Probe._apply
 
 
 class ExitHead(nn.Module):
@@ -221,6 +260,8 @@ class ExitHead(nn.Module):
         Confidence that costs no pass over the vocabulary.
     layer : DecoderLayer, optional
         Applied before the translator; then states come as whole sequences, [..., S, D].
+    candidates : CandidateProbe, optional
+        Confidence that reads a few words of the vocabulary.
 
     Examples
     --------
@@ -232,10 +273,14 @@ class ExitHead(nn.Module):
     """
 
     def __init__(
-        self, translator: Translator | None = None, probe: Probe | None = None, layer: DecoderLayer | None = None
+        self,
+        translator: Translator | None = None,
+        probe: Probe | None = None,
+        layer: DecoderLayer | None = None,
+        candidates: CandidateProbe | None = None,
     ) -> None:
         super().__init__()
-        self.translator, self.probe, self.layer = translator, probe, layer
+        self.translator, self.probe, self.layer, self.candidates = translator, probe, layer, candidates
 
     def state(self, h: Tensor) -> Tensor:
         """The state that goes into the model's last norm: shape [..., D] and dtype as `h`."""
@@ -248,6 +293,7 @@ class ExitHead(nn.Module):
 _PARTS: dict[str, tuple[type, tuple[str, ...]]] = {
     "translator": (Translator, ("hidden_size", "width", "eps")),
     "probe": (Probe, ("hidden_size", "eps", "width")),
+    "candidates": (CandidateProbe, ("count", "width")),
     "layer": (DecoderLayer, ("hidden_size", "heads", "key_value_heads", "width", "theta", "eps")),
 }
 

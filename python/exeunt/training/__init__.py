@@ -1,5 +1,6 @@
 """Training exits: objectives, the loop that fits them, and what it fits."""
 
+from exeunt.training.candidates import train_candidate_probes
 from exeunt.training.exits import HEADS_FILE, train_exits
 from exeunt.training.leaving import PASSED, SAID, Leaving
 from exeunt.training.loop import adamw, fit, muon, schedule
@@ -47,5 +48,6 @@ __all__ = [
     "select",
     "summary",
     "tokenised",
+    "train_candidate_probes",
     "train_exits",
 ]
