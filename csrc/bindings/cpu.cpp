@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
 #include "cpu/kv_fill.h"
+#include "cpu/ragged_attention.h"
 #include "cpu/small_head.h"
 
 using namespace exeunt;
@@ -31,26 +33,57 @@ LayerArg layer_arg(const Layer& l) {
   return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
 }
 
-void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
-                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
-                uintptr_t out, int threads) {
+SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,
+                                  int64_t width, const Layer& pooler, const Layer& head, uintptr_t out,
+                                  uintptr_t workspace, int threads) {
   SmallHeadParams p{};
   p.hidden = reinterpret_cast<const void*>(hidden);
   p.hidden_dtype = static_cast<DType>(hidden_dtype);
   p.hidden_stride = hidden_stride;
   p.rows = rows;
   p.width = width;
-  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
+  p.tokens = 1;
   p.pooler = layer_arg(pooler);
   p.pooled = p.pooler.outputs > 0;
   p.head = layer_arg(head);
   p.out = reinterpret_cast<float*>(out);
+  p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
-  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, cpu::small_head_workspace(p)),
-                                                        std::free);
-  p.workspace = workspace.get();
+  return p;
+}
+
+void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
+                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
+                uintptr_t out, uintptr_t workspace, int threads) {
+  SmallHeadParams p =
+      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, out, workspace, threads);
+  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
   py::gil_scoped_release release;
   cpu::small_head(p);
+}
+
+int64_t classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int64_t tokens,
+                 int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
+                 uintptr_t logits, uintptr_t argmax, uintptr_t statistics, int measure, float threshold,
+                 uintptr_t leave, uintptr_t workspace, int threads) {
+  SmallHeadParams p =
+      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits, workspace, threads);
+  p.tokens = tokens;
+  p.token_stride = token_stride;
+  p.mask = reinterpret_cast<const uint8_t*>(mask);
+  p.mask_stride = mask_stride;
+  if (argmax) {
+    p.argmax = reinterpret_cast<int64_t*>(argmax);
+    p.top1 = reinterpret_cast<float*>(statistics);
+    p.top2 = p.top1 + rows;
+    p.sumexp = p.top2 + rows;
+    p.weighted = p.sumexp + rows;
+  }
+  p.measure = static_cast<Measure>(measure);
+  p.threshold = threshold;
+  p.leave = reinterpret_cast<uint8_t*>(leave);
+  py::gil_scoped_release release;
+  return cpu::small_head(p);
 }
 
 const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
@@ -119,6 +152,61 @@ class KvFill {
   int64_t layers_;
 };
 
+// (address, strides...) of a tensor, in elements; address 0 means "not given".
+using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+CacheArg cache_arg(const Strided& c) {
+  const auto [data, row, head, slot] = c;
+  return {reinterpret_cast<const void*>(data), row, head, slot};
+}
+
+// `q` and `pages` have two strides; lists are addresses of int64.
+void ragged_attention(const Strided& q, const Strided& keys, const Strided& values, int dtype,
+                      const std::array<int64_t, 7>& shape, uintptr_t q_indptr, uintptr_t rows, uintptr_t kv_len,
+                      uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
+                      int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
+                      int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
+                      int threads) {
+  const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+  RaggedAttentionParams p{};
+  p.q = reinterpret_cast<const void*>(std::get<0>(q));
+  p.q_token = std::get<1>(q);
+  p.q_head = std::get<2>(q);
+  p.keys = cache_arg(keys);
+  p.values = cache_arg(values);
+  p.dtype = static_cast<DType>(dtype);
+  std::tie(p.tokens, p.heads, p.kv_heads, p.size, p.value_size, p.rows_held, p.slots) = std::tuple_cat(shape);
+  p.entries = entries;
+  p.live = live;
+  p.q_indptr = list(q_indptr);
+  p.rows = list(rows);
+  p.kv_len = list(kv_len);
+  p.kv_start = list(kv_start);
+  p.positions = list(positions);
+  p.causal = causal;
+  p.window = window;
+  p.softcap = softcap;
+  p.scale = scale;
+  p.alibi = reinterpret_cast<const float*>(alibi);
+  p.bias = reinterpret_cast<const void*>(std::get<0>(bias));
+  p.bias_token = std::get<1>(bias);
+  p.bias_head = std::get<2>(bias);
+  p.bias_key = std::get<3>(bias);
+  p.bias_dtype = static_cast<DType>(bias_dtype);
+  p.bias_keys = bias_keys;
+  p.pages = reinterpret_cast<const int32_t*>(std::get<0>(pages));
+  p.page_row = std::get<1>(pages);
+  p.page_column = std::get<2>(pages);
+  p.page_rows = page_rows;
+  p.page_columns = page_columns;
+  p.out = reinterpret_cast<void*>(out);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  const cpu::RaggedPlan plan = cpu::ragged_attention_plan(p);
+  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, plan.workspace), std::free);
+  cpu::ragged_attention(p, plan, workspace.get());
+}
+
 void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
                 int64_t width, uintptr_t out) {
   py::gil_scoped_release release;
@@ -145,8 +233,21 @@ PYBIND11_MODULE(_cpu, m) {
   def_exit_stats(m, &exit_stats, py::arg("threads"));
   m.def("small_head", &small_head, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
         py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("threads"),
+        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("workspace"), py::arg("threads"),
         "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
+        py::arg("width"), py::arg("tokens"), py::arg("token_stride"), py::arg("mask"), py::arg("mask_stride"),
+        py::arg("pooler"), py::arg("head"), py::arg("logits"), py::arg("argmax"), py::arg("statistics"),
+        py::arg("measure"), py::arg("threshold"), py::arg("leave"), py::arg("workspace"), py::arg("threads"),
+        "Mean over tokens, pooler, head, statistics and, with a measure, who leaves: how many rows, or -1 where a "
+        "score lies too near to the threshold; see exeunt.ops.classify.");
+  m.def(
+      "small_head_workspace",
+      [](int weight, int64_t width, int64_t pooler, int threads) {
+        return cpu::small_head_workspace(static_cast<DType>(weight), width, pooler, threads);
+      },
+      py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("threads"),
+      "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
   py::class_<KvFill>(m, "KvFill", "kv_fill for one stack; see exeunt.ops.kv_fill.")
       .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int64_t, uintptr_t>(),
            py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),
@@ -160,6 +261,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "kv_fill_check", [](const KvRowsOf& rows, int64_t layers) { cpu::kv_rows(kv_rows_arg(rows, layers)); },
       py::arg("rows"), py::arg("layers"), "Raise ValueError unless the rows have places of their own in the cache.");
+  m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
+        py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
+        py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
+        py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
+        py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
+        py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
   m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
         py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
         "Cosine of pairs of rows; see exeunt.ops.saturation.");

@@ -11,7 +11,7 @@ from torch import Tensor
 from exeunt import ops
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
-from exeunt.policies import At, keep
+from exeunt.policies import Adaptive, At, Evidence, keep
 from exeunt.recipes import Recipe
 from exeunt.stats import ExitStats
 from exeunt.step import Step
@@ -69,6 +69,11 @@ class ExitPoints:
                 "saturation and probe read no head"
             )
         for e, own in self.heads.items():
+            if own.layer is not None:
+                raise ValueError(
+                    "attach: expected exit heads that read one token's state, got a decoder layer of its own at exit "
+                    f"{e}, for which no keys and values are kept"
+                )
             for part in (own.translator, own.probe):
                 if part is None:
                     continue
@@ -104,10 +109,20 @@ class ExitPoints:
             hidden, previous = hidden[step.rows], previous[step.rows]
         if step.policy is None:
             step.policy = recipe.start(len(hidden), hidden.device, classes)
-        leave, _ = recipe.look(step.policy, ExitPoint(hidden, previous, own, stats, classes), at)
+        leave, seen = recipe.look(step.policy, ExitPoint(hidden, previous, own, stats, classes), at)
+        if isinstance(recipe.policy, Adaptive) and recipe.policy.learns:
+            step.lesson = self._everywhere(seen, step)
         if step.leave(leave, i):
             step.policy = keep(step.policy, ~leave)
             step.state.exited = True
+
+    @staticmethod
+    def _everywhere(seen: Evidence, step: Step) -> tuple[Tensor, Tensor]:
+        """[B] scores and labels of the running rows; NaN and -1 elsewhere."""
+        assert seen.score is not None and seen.label is not None
+        rows = step.running_rows
+        scores = seen.score.new_full((step.batch,), float("nan")).index_copy(0, rows, seen.score)
+        return scores, seen.label.new_full((step.batch,), -1).index_copy(0, rows, seen.label)
 
     def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
         """[B, D] states that go into the last norm; of the running rows only they matter."""
@@ -128,6 +143,22 @@ class ExitPoints:
             step.logits = spare if fits else state.new_empty(shape, dtype=dtype)
         step.report.head_reads += 1
         return self.structure.exit_stats(state, rows=rows, logits_out=step.logits)
+
+    # ---- what a policy learns from
+
+    def learn(self, step: Step, logits: Tensor) -> None:
+        """Tell the policy of rows that were looked at and then ran at full depth; the head gave [B, 1, V] logits."""
+        policy, rows, bias = self.recipe.policy, step.running_rows, self.structure.bias
+        if isinstance(policy, Adaptive) and step.lesson is not None and step.running:
+            scores, labels = (t[rows] for t in step.lesson)
+            own = logits[rows, 0] if bias is None else logits[rows, 0] + bias
+            policy.learn(scores, own.argmax(-1) == labels)
+
+    def deepened(self, scores: Tensor, labels: Tensor, hidden: Tensor) -> None:
+        """The same of m tokens of earlier steps, by the last layer's output [m, 1, D]."""
+        policy = self.recipe.policy
+        assert isinstance(policy, Adaptive)
+        policy.learn(scores, self.structure.exit_stats(hidden[:, 0]).argmax == labels)
 
     # ---- at the end of the step
 

@@ -16,7 +16,8 @@ from exeunt.models import KeyValueWeights, rotary_of
 from exeunt.ops import KVCache, KVStack, kv_fill
 
 if TYPE_CHECKING:
-    from exeunt.cache import ExitCacheLayer, Skipped
+    from exeunt.cache import ExitCacheLayer
+    from exeunt.generation import Skipped
 
 __all__ = ["fill_in"]
 

@@ -89,7 +89,7 @@ def record_tokens(
         found, scores = [], {name: [] for name in names}  # type: ignore[var-annotated]
         for e, own in owns.items():
             before, after = (cut(h) for h in seen[e])
-            found.append(_statistics(structure, own.state(after), normalised=False))
+            found.append(_statistics(structure, cut(own.state(seen[e][1])), normalised=False))
             for name in names:
                 scores[name].append(measure(name).score(ExitPoint(after, before, own, found[-1])).float().cpu())
         found.append(_statistics(structure, cut(last), normalised=True))

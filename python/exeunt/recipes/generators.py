@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from exeunt.confidence import Confidence, measure
 from exeunt.heads import ExitHeads
-from exeunt.policies import Decay, Falling, FixedDepth, Threshold
+from exeunt.policies import Adaptive, Decay, Falling, FixedDepth, Policy, Threshold
 from exeunt.recipes.recipe import Recipe
-from exeunt.states import Propagate
+from exeunt.states import Defer, Propagate, TokenState
 
 __all__ = ["calm", "free", "skipdecode", "specee"]
 
@@ -83,25 +84,34 @@ def free(
     threshold: float = 0.9,
     *,
     confidence: str | Confidence = "margin",
+    adaptive: bool = False,
     heads: ExitHeads | None = None,
-    state: Propagate | None = None,
+    state: TokenState | None = None,
+    as_code: bool = False,
 ) -> Recipe:
     """FREE: Fast and Robust Early Exiting (Bae et al., EMNLP 2023).
 
-    Two depths only: a token leaves at the shallow exit if its confidence exceeds the threshold.
+    Two depths only: a token leaves at the shallow exit if its confidence exceeds the threshold. Tokens that left run
+    through the deep layers together with the next one that stays (synchronised parallel decoding).
 
     Parameters
     ----------
     exit : int
         The layer after which a token may leave, 0-based.
     threshold : float, default 0.9
-        lambda; from :func:`exeunt.calibration.beta_mixture`, for instance.
+        lambda; with ``adaptive`` the one to begin with.
     confidence : str or Confidence, default "margin"
         ``probe`` is its other measure.
+    adaptive : bool, default False
+        Refit the threshold before each new sequence to what the deep layers said of tokens so far
+        (:class:`exeunt.policies.Adaptive` with :func:`exeunt.calibration.beta_mixture`). It costs one more read of the
+        head with every deep pass. The policy learns: one recipe for one task.
     heads : ExitHeads, optional
         Trained exit heads.
-    state : Propagate, optional
-        What skipped layers remember.
+    state : Propagate, Defer, Recompute or Evict, optional
+        What skipped layers remember; by default Defer, as published.
+    as_code : bool, default False
+        With ``adaptive``, the fit of the released code.
 
     Returns
     -------
@@ -109,20 +119,28 @@ def free(
 
     Notes
     -----
-    **Published.** Exit after 6 of 24 layers (8 of 24 for T5-3B); 0.9 at first, then refitted as tokens come.
-    **Deviations.** Skipped layers are filled in by propagation, lazily: the paper's synchronised parallel decoding,
-    which runs the tokens that left through the deep layers together with the next that stays, is a state strategy that
-    is still to come. The released code falls back to 0.9 where its mixture finds no threshold
-    (`calibration.beta_mixture`, ``as_code=True``), and its margin is read with one synchronisation a token.
+    **Published.** Exit after 6 of 24 layers (8 of 24 for T5-3B); 0.9 at first, then refitted before each of the first
+    300 sequences.
+    **Deviations.** Rows of a batch decide for themselves, and each goes deep with as many waiting tokens as it has
+    (there: batch 1). At most 32 tokens of a row wait (there: without bound). The fit is a real
+    expectation-maximisation, and where no threshold is found no token leaves, so that the next sequence brings new
+    evidence; the released code falls back to 0.9, where it stays (``as_code=True``). Its margin is read with one
+    synchronisation a token. The rollback of tokens that the deep layers contradict is not part of it.
 
     Examples
     --------
     >>> import exeunt
     >>> exeunt.recipes.free(5).policy
     Threshold(value=0.9, decay=None, strict=True, ...)
+    >>> exeunt.recipes.free(5, adaptive=True).policy.threshold
+    0.9
     """
-    policy = Threshold(threshold, strict=True)
-    return Recipe((exit,), measure(confidence), policy, state or Propagate(lazy=True), heads)
+    policy: Policy = Threshold(threshold, strict=True)
+    if adaptive:
+        from exeunt.calibration.beta_mixture import beta_mixture  # here, since calibration builds on recipes
+
+        policy = Adaptive(functools.partial(beta_mixture, as_code=as_code), threshold)
+    return Recipe((exit,), measure(confidence), policy, state or Defer(), heads)
 
 
 def specee(

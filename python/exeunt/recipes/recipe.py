@@ -12,7 +12,7 @@ from torch import Tensor
 from exeunt.confidence import Confidence, ExitPoint
 from exeunt.heads import ExitHead, ExitHeads
 from exeunt.policies import At, Evidence, Policy, State
-from exeunt.states import Drop, Propagate
+from exeunt.states import Drop, TokenState
 
 __all__ = ["Recipe"]
 
@@ -30,7 +30,7 @@ class Recipe:
         What is measured there; None for policies that read no score.
     policy : Policy
         What is decided from it.
-    state : Propagate or Drop
+    state : Propagate, Defer, Recompute, Evict or Drop
         What the skipped layers remember.
     heads : ExitHeads or None
         Exit heads by layer; an exit without one uses the model's own norm and head.
@@ -47,7 +47,7 @@ class Recipe:
     exits: tuple[int, ...] | None
     confidence: Confidence | None
     policy: Policy
-    state: Propagate | Drop
+    state: TokenState | Drop
     heads: ExitHeads | None = None
 
     def __post_init__(self) -> None:

@@ -5,19 +5,18 @@ from exeunt.training.leaving import PASSED, SAID, Leaving
 from exeunt.training.loop import adamw, fit, muon, schedule
 from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, select
-from exeunt.training.objectives import (
+from exeunt.training.objectives import Objective, parse
+from exeunt.training.recording import Recording, record
+from exeunt.training.terms import (
     CrossEntropy,
     Depth,
     Distillation,
     LayerwiseDistillation,
     LogitTerm,
-    Objective,
     ProbeLoss,
     StateTerm,
     depth_weights,
-    parse,
 )
-from exeunt.training.recording import Recording, record
 from exeunt.training.text import Windows, tokenised
 
 __all__ = [
