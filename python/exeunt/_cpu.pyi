@@ -4,7 +4,21 @@ CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['amx_refused', 'classify', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill', 'kv_fill_workspace', 'saturation', 'select_isa', 'small_head', 'small_head_workspace', 'version']
+__all__: list[str] = ['KvFill', 'amx_refused', 'classify', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill_check', 'ragged_attention', 'saturation', 'select_isa', 'small_head', 'small_head_workspace', 'version']
+class KvFill:
+    """
+    kv_fill for one stack; see exeunt.ops.kv_fill.
+    """
+    def __init__(self, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, layers: typing.SupportsInt | typing.SupportsIndex, table: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def fill(self, hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], places: typing.SupportsInt | typing.SupportsIndex, tables: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], tables_dtype: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Check the rows, then write their keys and values.
+        """
+    def workspace(self, rows: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes of workspace for up to that many rows.
+        """
 def amx_refused() -> bool:
     """
     Whether the CPU has AMX and the operating system refused it.
@@ -25,13 +39,13 @@ def isa() -> str:
     """
     The instruction set in use.
     """
-def kv_fill(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, source: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], from_layer: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], batch_rows: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], slots: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, table: typing.SupportsInt | typing.SupportsIndex, places: typing.SupportsInt | typing.SupportsIndex, tables: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], until: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+def kv_fill_check(rows: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], layers: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
-    Keys and values of skipped layers; see exeunt.ops.kv_fill.
+    Raise ValueError unless the rows have places of their own in the cache.
     """
-def kv_fill_workspace(dtype: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
+def ragged_attention(q: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], keys: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], values: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, shape: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(7)"], q_indptr: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, kv_len: typing.SupportsInt | typing.SupportsIndex, kv_start: typing.SupportsInt | typing.SupportsIndex, positions: typing.SupportsInt | typing.SupportsIndex, entries: typing.SupportsInt | typing.SupportsIndex, live: typing.SupportsInt | typing.SupportsIndex, causal: bool, window: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, alibi: typing.SupportsInt | typing.SupportsIndex, bias: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], bias_dtype: typing.SupportsInt | typing.SupportsIndex, bias_keys: typing.SupportsInt | typing.SupportsIndex, pages: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], page_rows: typing.SupportsInt | typing.SupportsIndex, page_columns: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
-    Bytes of workspace that kv_fill needs.
+    Attention over ragged rows; see exeunt.ops.ragged_attention.
     """
 def saturation(a: typing.SupportsInt | typing.SupportsIndex, a_dtype: typing.SupportsInt | typing.SupportsIndex, a_stride: typing.SupportsInt | typing.SupportsIndex, b: typing.SupportsInt | typing.SupportsIndex, b_dtype: typing.SupportsInt | typing.SupportsIndex, b_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
