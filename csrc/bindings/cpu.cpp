@@ -107,7 +107,7 @@ void ragged_attention(const Strided& q, const Strided& keys, const Strided& valu
                       uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
                       int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
                       int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
-                      int threads) {
+                      uintptr_t workspace, int threads) {
   const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
   RaggedAttentionParams p{};
   p.q = reinterpret_cast<const void*>(std::get<0>(q));
@@ -141,11 +141,10 @@ void ragged_attention(const Strided& q, const Strided& keys, const Strided& valu
   p.page_rows = page_rows;
   p.page_columns = page_columns;
   p.out = reinterpret_cast<void*>(out);
+  p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
   py::gil_scoped_release release;
-  const cpu::RaggedPlan plan = cpu::ragged_attention_plan(p);
-  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, plan.workspace), std::free);
-  cpu::ragged_attention(p, plan, workspace.get());
+  cpu::ragged_attention(p, cpu::ragged_attention_plan(p));
 }
 
 void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
@@ -189,12 +188,15 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("table"), py::arg("places"),
         py::arg("tables"), py::arg("until"), py::arg("workspace"), py::arg("threads"),
         "Keys and values of skipped layers; see exeunt.ops.kv_fill.");
+  m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
+        py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),
+        "Bytes of workspace that ragged_attention needs.");
   m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
         py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
         py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
         py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
         py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
-        py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
+        py::arg("workspace"), py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
   m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
         py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
         "Cosine of pairs of rows; see exeunt.ops.saturation.");

@@ -4,7 +4,7 @@ CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill', 'kv_fill_workspace', 'saturation', 'select_isa', 'small_head', 'version']
+__all__: list[str] = ['amx_refused', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill', 'kv_fill_workspace', 'ragged_attention', 'ragged_attention_workspace', 'saturation', 'select_isa', 'small_head', 'version']
 def amx_refused() -> bool:
     """
     Whether the CPU has AMX and the operating system refused it.
@@ -28,6 +28,14 @@ def kv_fill(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typ
 def kv_fill_workspace(dtype: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, layers: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     Bytes of workspace that kv_fill needs.
+    """
+def ragged_attention(q: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], keys: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], values: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, shape: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(7)"], q_indptr: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, kv_len: typing.SupportsInt | typing.SupportsIndex, kv_start: typing.SupportsInt | typing.SupportsIndex, positions: typing.SupportsInt | typing.SupportsIndex, entries: typing.SupportsInt | typing.SupportsIndex, live: typing.SupportsInt | typing.SupportsIndex, causal: bool, window: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, alibi: typing.SupportsInt | typing.SupportsIndex, bias: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], bias_dtype: typing.SupportsInt | typing.SupportsIndex, bias_keys: typing.SupportsInt | typing.SupportsIndex, pages: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], page_rows: typing.SupportsInt | typing.SupportsIndex, page_columns: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Attention over ragged rows; see exeunt.ops.ragged_attention.
+    """
+def ragged_attention_workspace(tokens: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, room: typing.SupportsInt | typing.SupportsIndex, size: typing.SupportsInt | typing.SupportsIndex, value_size: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Bytes of workspace that ragged_attention needs.
     """
 def saturation(a: typing.SupportsInt | typing.SupportsIndex, a_dtype: typing.SupportsInt | typing.SupportsIndex, a_stride: typing.SupportsInt | typing.SupportsIndex, b: typing.SupportsInt | typing.SupportsIndex, b_dtype: typing.SupportsInt | typing.SupportsIndex, b_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
