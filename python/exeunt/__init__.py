@@ -6,6 +6,7 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 """
 
 from exeunt import (
+    attention,
     calibration,
     classifier_heads,
     confidence,
@@ -18,6 +19,7 @@ from exeunt import (
     states,
 )
 from exeunt.attach import Attached, attach
+from exeunt.attention import register_attention
 from exeunt.cascade import Cascade
 from exeunt.pipeline import pipeline
 from exeunt.report import Report
@@ -31,6 +33,7 @@ __all__ = [
     "Report",
     "__version__",
     "attach",
+    "attention",
     "calibration",
     "classifier_heads",
     "confidence",
@@ -40,6 +43,7 @@ __all__ = [
     "policies",
     "recipes",
     "reference",
+    "register_attention",
     "replay",
     "states",
 ]
