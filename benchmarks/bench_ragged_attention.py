@@ -31,7 +31,7 @@ CASES = {
     "one row of 32768 keys": ([32768], 1),
     "one prompt of 1024 tokens": ([1024], 1024),
 }
-TURNS = 21
+TURNS = 7
 
 
 @pytest.fixture(scope="module")
