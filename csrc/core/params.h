@@ -82,16 +82,30 @@ struct ExitStatsParams {
   int32_t threads;
 };
 
-// norm -> optional pooler -> head, all logits out: heads of a few classes, and probes.
+// What a check of few classes compares with its threshold, as confidence.py has it.
+enum class Measure : int32_t { none = 0, max_prob, margin, logit_margin, neg_entropy, neg_normalized_entropy };
+
+// mean over tokens -> norm -> optional pooler -> head, all logits out: heads of a few classes, and probes.
 struct SmallHeadParams {
-  const void* hidden;  // [N, D]
+  const void* hidden;  // [N, S, D]
   DType hidden_dtype;
   int64_t hidden_stride, rows, width;
+  int64_t tokens, token_stride;  // S
+  const uint8_t* mask;           // [N, S], not 0 where a token counts, or nullptr: all do
+  int64_t mask_stride;
   NormArg norm;
   bool pooled;
   LayerArg pooler, head;  // pooler [P, D] if pooled, head [V, P or D]
   float* out;             // [N, V]
-  void* workspace;        // small_head_workspace() bytes, 64-byte aligned
+
+  int64_t* argmax;  // [N] each: statistics of the logits, or all nullptr
+  float *top1, *top2, *sumexp, *weighted;
+
+  Measure measure;  // none: nothing is decided
+  float threshold;
+  uint8_t* leave;  // [N] 1 where a row's score exceeds it
+
+  void* workspace;  // small_head_workspace() bytes, 64-byte aligned
   int32_t threads;
 };
 
@@ -117,9 +131,9 @@ struct KvPlace {
   int64_t key_row, key_head, key_slot, value_row, value_head, value_slot;
 };
 
-// Rotary tables [N, R] float32 of a layer, or null.
+// Rotary tables [N, R] of a layer, or null.
 struct KvRotary {
-  const float *cos, *sin;
+  const void *cos, *sin;
 };
 
 // Rows are sorted by from_layer: those that a layer serves come first.
@@ -140,7 +154,9 @@ struct KvFillParams {
 
   const KvLayer* layers;   // [until]
   const KvPlace* places;   // [until]
-  const KvRotary* tables;  // [until], or null: none at all
+  const KvRotary* tables;  // [until], or one for all layers, or null: none at all
+  bool one_table;
+  DType tables_dtype;
   int64_t until;
 
   void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned

@@ -6,7 +6,6 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 """
 
 from exeunt import (
-    attention,
     calibration,
     classifier_heads,
     confidence,
@@ -19,8 +18,8 @@ from exeunt import (
     states,
 )
 from exeunt.attach import Attached, attach
-from exeunt.attention import register_attention
 from exeunt.cascade import Cascade
+from exeunt.models import register_attention
 from exeunt.pipeline import pipeline
 from exeunt.report import Report
 from exeunt.stats import ExitStats
@@ -33,7 +32,6 @@ __all__ = [
     "Report",
     "__version__",
     "attach",
-    "attention",
     "calibration",
     "classifier_heads",
     "confidence",

@@ -1,6 +1,7 @@
 """The fused ops: what model code calls."""
 
 from exeunt.ops._backend import DTYPES
+from exeunt.ops.classify import Check, classify
 from exeunt.ops.compact import compact, expand
 from exeunt.ops.exit_stats import exit_stats
 from exeunt.ops.kv_fill import kv_fill
@@ -11,10 +12,12 @@ from exeunt.ops.small_head import probe, saturation, small_head
 
 __all__ = [
     "DTYPES",
+    "Check",
     "KVCache",
     "KVLayer",
     "KVStack",
     "PackedHead",
+    "classify",
     "compact",
     "exit_stats",
     "expand",
