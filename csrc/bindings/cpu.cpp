@@ -111,7 +111,7 @@ void ragged_attention(const Strided& q, const Strided& keys, const Strided& valu
                       uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
                       int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
                       int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
-                      int threads) {
+                      uintptr_t workspace, int threads) {
   const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
   RaggedAttentionParams p{};
   p.q = reinterpret_cast<const void*>(std::get<0>(q));
@@ -145,11 +145,10 @@ void ragged_attention(const Strided& q, const Strided& keys, const Strided& valu
   p.page_rows = page_rows;
   p.page_columns = page_columns;
   p.out = reinterpret_cast<void*>(out);
+  p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
   py::gil_scoped_release release;
-  const cpu::RaggedPlan plan = cpu::ragged_attention_plan(p);
-  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, plan.workspace), std::free);
-  cpu::ragged_attention(p, plan, workspace.get());
+  cpu::ragged_attention(p, cpu::ragged_attention_plan(p));
 }
 
 // What kv_fill is told about a stack once, so that a call brings only what changes.
@@ -248,12 +247,15 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("threads"),
       "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
+  m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
+        py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),
+        "Bytes of workspace that ragged_attention needs.");
   m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
         py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
         py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
         py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
         py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
-        py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
+        py::arg("workspace"), py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
   py::class_<KvFill>(m, "KvFill", "kv_fill for one stack; see exeunt.ops.kv_fill.")
       .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int64_t, uintptr_t>(),
            py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),

@@ -183,12 +183,13 @@ struct RaggedAttentionParams {
   int64_t window;        // 0: none
   float softcap, scale;  // softcap 0: none
   const float* alibi;    // [Hq] or null
-  const void* bias;      // [T, Hq, bias_keys] or null
+  const void* bias;      // [T, Hq, bias_keys], or bias_keys -1: none
   DType bias_dtype;
   int64_t bias_token, bias_head, bias_key, bias_keys;
-  const int32_t* pages;                                    // [page_rows, page_columns] or null
+  const int32_t* pages;                                    // [page_rows, page_columns], or page_columns -1: none
   int64_t page_rows, page_columns, page_row, page_column;  // the last two: strides
   void* out;                                               // [T, Hq, Dv]
+  void* workspace;                                         // ragged_attention_workspace() bytes, 64-byte aligned
   int32_t threads;
 };
 

@@ -40,20 +40,27 @@ void check(const RaggedAttentionParams& p) {
     if (p.q_indptr[r + 1] < p.q_indptr[r]) refuse("q_indptr must rise", p.q_indptr[r + 1], r + 1);
   if (p.live < 0 || p.live > p.entries)
     throw std::invalid_argument("ragged_attention: " + range("count", p.entries) + ", got " + std::to_string(p.live));
-  const int64_t listed = p.pages ? p.page_rows : p.rows_held, room = p.slots * (p.pages ? p.page_columns : 1);
+  const bool paged = p.page_columns >= 0;
+  const int64_t listed = paged ? p.page_rows : p.rows_held, room = p.slots * (paged ? p.page_columns : 1);
   for (int64_t r = 0; r < p.live; ++r) {
     const int64_t row = p.rows[r], stop = p.kv_len[r], start = p.kv_start ? p.kv_start[r] : 0;
     if (row < 0 || row >= listed) refuse(range("rows", listed - 1), row, r);
     if (stop < 0 || stop > room) refuse(range("kv_len", room) + ", the keys of a row", stop, r);
     if (start < 0 || start > stop) refuse(range("kv_start", stop) + ", the row's kv_len", start, r);
-    if (p.bias && p.q_indptr[r] < p.q_indptr[r + 1] && stop > p.bias_keys)
+    if (p.bias_keys >= 0 && p.q_indptr[r] < p.q_indptr[r + 1] && stop > p.bias_keys)
       refuse("bias must reach over the " + std::to_string(stop) + " keys of a row", p.bias_keys, r);
-    if (p.pages && start < stop)
+    if (paged && start < stop)
       for (int64_t at = start / p.slots; at <= (stop - 1) / p.slots; ++at) {
         const int32_t page = p.pages[row * p.page_row + at * p.page_column];
         if (page < 0 || page >= p.rows_held) refuse(range("pages", p.rows_held - 1), page, r);
       }
   }
+}
+
+// Few enough vectors that tiles may be split: by their number, so that the workspace is known before the lists are
+// read.
+bool may_split(int64_t tokens, int64_t heads, int32_t threads) {
+  return threads > 1 && tokens * heads < kTileVectors * kTilesPerThread * threads;
 }
 
 // What a tile's vectors see together.
@@ -75,6 +82,14 @@ RaggedTask tile_of(const RaggedAttentionParams& p, int64_t entry, int64_t head, 
 
 }  // namespace
 
+int64_t ragged_attention_workspace(int64_t tokens, int64_t heads, int64_t room, int64_t size, int64_t value_size,
+                                   int32_t threads) {
+  threads = std::max(1, threads);
+  const int64_t chunks = may_split(tokens, heads, threads) ? room / kChunkKeys + 1 : 0;
+  const int64_t partials = padded(chunks * ragged_partial(tokens * heads, value_size), 16);
+  return (partials + threads * RaggedScratch(size, value_size).total) * static_cast<int64_t>(sizeof(float));
+}
+
 RaggedPlan ragged_attention_plan(const RaggedAttentionParams& p) {
   check(p);
   RaggedPlan plan{};
@@ -90,7 +105,8 @@ RaggedPlan ragged_attention_plan(const RaggedAttentionParams& p) {
       }
   }
   plan.threads = work * static_cast<double>(p.size + p.value_size) < kSerialWork ? 1 : std::max(1, p.threads);
-  if (plan.threads > 1 && static_cast<int64_t>(plan.tasks.size()) < kTilesPerThread * plan.threads) {
+  const int64_t tiles = static_cast<int64_t>(plan.tasks.size());
+  if (may_split(p.tokens, p.heads, plan.threads) && tiles < kTilesPerThread * plan.threads) {
     std::vector<RaggedTask> chunks;
     for (const RaggedTask& tile : plan.tasks) {
       const int64_t start = p.kv_start ? p.kv_start[tile.entry] : 0, before = static_cast<int64_t>(chunks.size());
@@ -112,15 +128,13 @@ RaggedPlan ragged_attention_plan(const RaggedAttentionParams& p) {
     plan.tasks = std::move(chunks);
   }
   plan.partials = padded(plan.partials, 16);
-  plan.workspace =
-      (plan.partials + plan.threads * RaggedScratch(p.size, p.value_size).total) * static_cast<int64_t>(sizeof(float));
   return plan;
 }
 
-void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan, void* workspace) {
+void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan) {
   const Isa& isa = selected_isa();
   const int64_t each = RaggedScratch(p.size, p.value_size).total;
-  float* partials = static_cast<float*>(workspace);
+  float* partials = static_cast<float*>(p.workspace);
   const int64_t row = p.heads * p.value_size * element_bytes(p.dtype), live = p.q_indptr[p.live];
   __builtin_memset(static_cast<char*>(p.out) + live * row, 0, static_cast<uint64_t>((p.tokens - live) * row));
   const auto run = [&](const RaggedTask& task, int thread) {

@@ -13,15 +13,17 @@ struct RaggedPlan {
     int64_t first, count;
   };
   std::vector<Split> splits;
-  int64_t partials;   // floats for the results of chunks
-  int64_t workspace;  // bytes
+  int64_t partials;  // floats for the results of chunks
   int32_t threads;
 };
+
+// Bytes that a call over up to `room` keys a row can need, whatever its lists say.
+int64_t ragged_attention_workspace(int64_t tokens, int64_t heads, int64_t room, int64_t size, int64_t value_size,
+                                   int32_t threads);
 
 // The work of a call. Throws std::invalid_argument, one sentence, where a list names what is not there.
 RaggedPlan ragged_attention_plan(const RaggedAttentionParams& p);
 
-// `workspace`: plan.workspace bytes, 64-byte aligned.
-void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan, void* workspace);
+void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan);
 
 }  // namespace exeunt::cpu

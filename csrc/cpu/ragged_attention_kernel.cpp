@@ -107,30 +107,22 @@ struct Product {
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-// The elements of kLanes values or pairs, zero beyond `left` of them.
-EXEUNT_INLINE Vec elements(Floats, const float* p, int64_t left) {
-  if (left >= kLanes) return load(p);
-  Vec v{};
-  __builtin_memcpy(&v, p, static_cast<uint64_t>(left > 0 ? left : 0) * sizeof(float));
-  return v;
-}
+// kLanes elements; some(): only those of `left` values, and zero beyond. A value of its own reaches memory for the
+// latter, so that it is kept apart from what nearly all of a cache is read by.
 template <class T>
-EXEUNT_INLINE Vec elements(Floats, const T* p, int64_t left) {
-  if (left >= kLanes) return load(p);
-  T some[kLanes] = {};
-  __builtin_memcpy(some, p, static_cast<uint64_t>(left > 0 ? left : 0) * sizeof(T));
-  return load(some);
+EXEUNT_INLINE Vec elements(Floats, const T* p) {
+  return load(p);
 }
 #if defined(__AVX512BF16__)
-EXEUNT_INLINE Vec elements(Pairs, const BFloat16* p, int64_t left) {
-  Vec v{};
-  if (left >= 2 * kLanes)
-    __builtin_memcpy(&v, p, sizeof v);
-  else
-    __builtin_memcpy(&v, p, static_cast<uint64_t>(left > 0 ? left : 0) * sizeof(BFloat16));
-  return v;
-}
+EXEUNT_INLINE Vec elements(Pairs, const BFloat16* p) { return load(reinterpret_cast<const float*>(p)); }
 #endif
+template <class K, class T>
+[[gnu::noinline]] static Vec some(K kind, const T* p, int64_t left) {
+  T copy[kLanes * K::kPer] = {};
+  constexpr int64_t kAll = kLanes * K::kPer;
+  __builtin_memcpy(copy, p, static_cast<uint64_t>(left < 0 ? 0 : left < kAll ? left : kAll) * sizeof(T));
+  return elements(kind, copy);
+}
 
 // ---- the task -------------------------------------------------------------------------------------------------------
 
@@ -189,13 +181,15 @@ class Tile {
         whole(Result::at(memory + scratch.whole, of.count)) {}
 
   void run(float* partial) {
-    if (task.end > task.begin) pack_queries();
     bool first = true;
-    for (int64_t at = start + (task.begin - start) / kChunkKeys * kChunkKeys; at < task.end; at += kChunkKeys) {
-      const int64_t end = at + kChunkKeys < task.end ? at + kChunkKeys : task.end;
-      of_chunk(task.begin > at ? at + (task.begin - at) / kBlockKeys * kBlockKeys : at, end);
-      absorb(partial ? Result::at(partial, task.count) : whole, chunk, task.count, width, first);
-      first = false;
+    if (task.begin < task.end) {
+      pack_queries();
+      for (int64_t at = start + (task.begin - start) / kChunkKeys * kChunkKeys; at < task.end; at += kChunkKeys) {
+        const int64_t end = at + kChunkKeys < task.end ? at + kChunkKeys : task.end;
+        of_chunk(task.begin > at ? at + (task.begin - at) / kBlockKeys * kBlockKeys : at, end);
+        absorb(partial ? Result::at(partial, task.count) : whole, chunk, task.count, width, first);
+        first = false;
+      }
     }
     if (!partial) finish(p, task, whole, first);
   }
@@ -231,7 +225,7 @@ class Tile {
       bias_at[i] = token * p.bias_token + head * p.bias_head;
       const T* q = static_cast<const T*>(p.q) + token * p.q_token + head * p.q_head;
       for (int64_t d = 0; d < depth; d += kLanes) {
-        const Vec v = elements(K{}, q + d * K::kPer, p.size - d * K::kPer);
+        const Vec v = some(K{}, q + d * K::kPer, p.size - d * K::kPer);
         const int64_t room = depth - d < kLanes ? depth - d : kLanes;
         __builtin_memcpy(queries + i * scratch.depth + d, &v, sizeof(float) * static_cast<uint64_t>(room));
       }
@@ -296,24 +290,28 @@ class Tile {
 
   // keys[d][j], zero beyond Dh and, up to a full register, beyond the last key.
   void pack_keys(int64_t count) {
-    const int64_t ahead = kBlockKeys * p.keys.slot;  // of the next block, unless a page ends before
-    for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t j = 0; j < count; j += kLanes)
       for (int64_t d = 0; d < depth; d += kLanes) {
-        Vec v[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          if (j + i < count) {
-            const T* key = key_of[j + i] + d * K::kPer;
-            __builtin_prefetch(key + ahead, 0, 2);
-            v[i] = elements(K{}, key, p.size - d * K::kPer);
-          } else {
-            v[i] = Vec{};
-          }
-        }
-        transpose(v);
-        for (int i = 0; i < kLanes && d + i < depth; ++i)
-          store(reinterpret_cast<float*>(keys + (d + i) * kBlockKeys + j), v[i]);
+        if (j + kLanes <= count && (d + kLanes) * K::kPer <= p.size)
+          turn<true>(j, d, count);
+        else
+          turn<false>(j, d, count);
       }
-    }
+  }
+  template <bool Whole>
+  inline __attribute__((always_inline)) void turn(int64_t j, int64_t d, int64_t count) {
+    const int64_t ahead = kBlockKeys * p.keys.slot + d * K::kPer;  // of the next block, unless a page ends before
+    Vec v[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      if constexpr (Whole) {
+        __builtin_prefetch(key_of[j + i] + ahead, 0, 2);
+        v[i] = elements(K{}, key_of[j + i] + d * K::kPer);
+      } else {
+        v[i] = j + i < count ? some(K{}, key_of[j + i] + d * K::kPer, p.size - d * K::kPer) : Vec{};
+      }
+    transpose(v);
+    for (int i = 0; i < kLanes; ++i)
+      if (Whole || d + i < depth) store(reinterpret_cast<float*>(keys + (d + i) * kBlockKeys + j), v[i]);
   }
 
   // values[j][c]; pairs hold keys j and j + 1, and are zero beyond the last key up to a full tile.
@@ -321,38 +319,48 @@ class Tile {
     const int64_t ahead = kBlockKeys * p.values.slot, line = 64 / static_cast<int64_t>(sizeof(T));
     for (int64_t j = 0; j < count; ++j)
       for (int64_t c = 0; c < p.value_size; c += line) __builtin_prefetch(value_of[j] + c + ahead, 0, 2);
+    constexpr int64_t kAll = kLanes * K::kPer;
+    const int64_t whole = p.value_size / kAll * kAll;
     if constexpr (K::kPer == 1) {
       if constexpr (sizeof(T) == sizeof(float))
-        if (!p.pages && p.value_size % kLanes == 0) {
+        if (!p.pages && whole == p.value_size) {
           mix.b = reinterpret_cast<const Element*>(value_of[0]);
           mix.b_row = p.values.slot;
           return;
         }
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t c = 0; c < p.value_size; c += kLanes)
-          store(reinterpret_cast<float*>(values + j * scratch.width + c),
-                elements(K{}, value_of[j] + c, p.value_size - c));
+      for (int64_t j = 0; j < count; ++j) {
+        float* to = reinterpret_cast<float*>(values + j * scratch.width);
+        for (int64_t c = 0; c < whole; c += kLanes) store(to + c, elements(K{}, value_of[j] + c));
+        if (whole < p.value_size) store(to + whole, some(K{}, value_of[j] + whole, p.value_size - whole));
+      }
     } else {
 #if defined(__AVX512BF16__)
-      using Shorts = uint16_t __attribute__((vector_size(64)));
-      const auto interleave = []<int... I>(Shorts a, Shorts b, uint16_t from, std::integer_sequence<int, I...>) {
-        const Shorts index = Shorts{(I % 2 * 32 + I / 2)...} + from;
-        return (Shorts)_mm512_permutex2var_epi16((__m512i)a, (__m512i)index, (__m512i)b);
-      };
-      const int64_t pairs = padded(count, 32) / 2;
-      for (int64_t j = 0; j < pairs; ++j)
-        for (int64_t c = 0; c < p.value_size; c += 32) {
-          const int64_t left = p.value_size - c;
-          const Shorts a = 2 * j < count ? (Shorts)elements(K{}, value_of[2 * j] + c, left) : Shorts{};
-          const Shorts b = 2 * j + 1 < count ? (Shorts)elements(K{}, value_of[2 * j + 1] + c, left) : Shorts{};
-          const Shorts low = interleave(a, b, 0, std::make_integer_sequence<int, 32>());
-          const Shorts high = interleave(a, b, 16, std::make_integer_sequence<int, 32>());
-          __builtin_memcpy(values + j * scratch.width + c, &low, sizeof low);
-          __builtin_memcpy(values + j * scratch.width + c + 16, &high, sizeof high);
-        }
+      for (int64_t j = 0; j < count; j += 2) {
+        Element* to = values + j / 2 * scratch.width;
+        const T *a = value_of[j], *b = j + 1 < count ? value_of[j + 1] : nullptr;
+        if (b)
+          for (int64_t c = 0; c < whole; c += kAll) interleave(elements(K{}, a + c), elements(K{}, b + c), to + c);
+        for (int64_t c = b ? whole : 0; c < p.value_size; c += kAll)
+          interleave(some(K{}, a + c, p.value_size - c), b ? some(K{}, b + c, p.value_size - c) : Vec{}, to + c);
+      }
+      for (int64_t j = padded(count, 2) / 2; j < padded(count, 32) / 2; ++j)
+        __builtin_memset(values + j * scratch.width, 0, sizeof(Element) * static_cast<uint64_t>(scratch.width));
 #endif
     }
   }
+
+#if defined(__AVX512BF16__)
+  // (a[0], b[0]), (a[1], b[1]), ...: 32 pairs
+  static inline void interleave(Vec a, Vec b, Element* to) {
+    const auto half = [&]<int... I>(uint16_t from, std::integer_sequence<int, I...>) {
+      using Shorts = uint16_t __attribute__((vector_size(64)));
+      const Shorts index = Shorts{(I % 2 * 32 + I / 2)...} + from;
+      return (Vec)_mm512_permutex2var_epi16((__m512i)a, (__m512i)index, (__m512i)b);
+    };
+    store(reinterpret_cast<float*>(to), half(0, std::make_integer_sequence<int, 32>()));
+    store(reinterpret_cast<float*>(to + 16), half(16, std::make_integer_sequence<int, 32>()));
+  }
+#endif
 
   // scores -> weights of vector i; its maximum, its sum, and what it has summed so far follow.
   void weigh(int64_t i, int64_t at, int64_t count, bool fresh) {
@@ -402,9 +410,9 @@ class Tile {
     } else {
 #if defined(__AVX512BF16__)
       const __m256bh narrow = _mm512_cvtneps_pbh((__m512)weight);
-      __builtin_memcpy(reinterpret_cast<BFloat16*>(weights + i * (kBlockKeys / 2)) + v * kLanes, &narrow,
-                       sizeof narrow);
-      return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
+      BFloat16* to = reinterpret_cast<BFloat16*>(weights + i * (kBlockKeys / 2)) + v * kLanes;
+      __builtin_memcpy(to, &narrow, sizeof narrow);
+      return load(to);
 #endif
     }
   }

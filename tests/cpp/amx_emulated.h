@@ -91,7 +91,7 @@ void multiply_bfloat16(int s, int a, int b) {
   });
 }
 
-void multiply_unsigned_signed(int s, int a, int b) {
+[[maybe_unused]] void multiply_unsigned_signed(int s, int a, int b) {
   multiply<int32_t>(s, a, b, [](int32_t sum, const unsigned char* x, const unsigned char* y) {
     for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>(x[i]) * static_cast<int8_t>(y[i]);
     return sum;

@@ -15,19 +15,13 @@
 
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
+#include "expect.h"
 
 using namespace exeunt;
 
 namespace {
 
-int failures = 0;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
 
 bool same_bits(const ExitStats& a, const ExitStats& b) { return __builtin_memcmp(&a, &b, sizeof a) == 0; }
 
@@ -166,6 +160,7 @@ int main() {
     matches_a_plain_loop<float>(DType::float32, 3, 40, 64, true);
     matches_a_plain_loop<BFloat16>(DType::bfloat16, 3, 40, 64, true);
     matches_a_plain_loop<Float16>(DType::float16, 3, 40, 64, true);
+    ragged_attention_tests();
     std::printf("%s: checked\n", isa);
   }
   std::printf("%d failures\n", failures);

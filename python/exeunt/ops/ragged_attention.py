@@ -133,9 +133,12 @@ def _kernel(
     q_indptr, rows, kv_len = _list(q_indptr), _list(rows), _list(kv_len)  # type: ignore[assignment]
     kv_start, positions = _list(kv_start), _list(positions)
     alibi = None if alibi is None else alibi.contiguous()
-    entries = rows.shape[0]
-    assert _backend.cpu is not None
-    _backend.cpu.ragged_attention(
+    entries, threads, cpu = rows.shape[0], torch.get_num_threads(), _backend.cpu
+    assert cpu is not None
+    room = slots if pages is None else slots * pages.shape[1]
+    need = cpu.ragged_attention_workspace(tokens, heads, room, size, value_size, threads)
+    space = torch.empty(need + 63, dtype=torch.uint8)
+    cpu.ragged_attention(
         (q.data_ptr(), *q.stride()), (k_cache.data_ptr(), *k_cache.stride()[:3]),
         (v_cache.data_ptr(), *v_cache.stride()[:3]), _backend.DTYPES[q.dtype],
         (tokens, heads, kv_heads, size, value_size, held, slots), q_indptr.data_ptr(), rows.data_ptr(),
@@ -143,9 +146,9 @@ def _kernel(
         entries if count is None else int(count), causal, window or 0, softcap or 0.0,
         size**-0.5 if scale is None else scale, _backend.pointer(alibi),
         (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()),
-        0 if bias is None else _backend.DTYPES[bias.dtype], 0 if bias is None else bias.shape[2],
+        0 if bias is None else _backend.DTYPES[bias.dtype], -1 if bias is None else bias.shape[2],
         (0, 0, 0, 0) if pages is None else (pages.data_ptr(), *pages.stride(), 0),
-        *((0, 0) if pages is None else pages.shape), out.data_ptr(), torch.get_num_threads(),
+        *((0, -1) if pages is None else pages.shape), out.data_ptr(), (space.data_ptr() + 63) & ~63, threads,
     )  # fmt: skip
     return out
 
