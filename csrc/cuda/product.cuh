@@ -40,15 +40,18 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * kLine
 
 // The (tile, row block) pairs that a thread block works through: an item is a chunk of the vocabulary, tile by tile,
 // for one block of rows; row blocks of one chunk are neighbours, so that all but the first find the weight in L2.
+// With `at_once` 2, an item is two successive chunks, whose tiles go side by side: `tile` is the first one's, the
+// second one's lies tiles_per_chunk further, past the end where there is none.
 struct Jobs {
-  int64_t tiles, tiles_per_chunk, blocks, items;
+  int64_t tiles, tiles_per_chunk, blocks, at_once, items;
   int64_t item = 0, block = 0, tile = 0, end = 0;
 
-  __device__ Jobs(int64_t tiles_, int64_t tiles_per_chunk_, int64_t blocks_)
+  __device__ Jobs(int64_t tiles_, int64_t tiles_per_chunk_, int64_t blocks_, int64_t at_once_ = 1)
       : tiles(tiles_),
         tiles_per_chunk(tiles_per_chunk_),
         blocks(blocks_),
-        items((tiles + tiles_per_chunk - 1) / tiles_per_chunk * blocks) {
+        at_once(at_once_),
+        items((tiles + at_once * tiles_per_chunk - 1) / (at_once * tiles_per_chunk) * blocks) {
     start(blockIdx.x);
   }
   __device__ bool done() const { return item >= items; }
@@ -56,7 +59,7 @@ struct Jobs {
     item = i;
     if (done()) return;
     block = item % blocks;
-    tile = item / blocks * tiles_per_chunk;
+    tile = item / blocks * at_once * tiles_per_chunk;
     end = tile + tiles_per_chunk < tiles ? tile + tiles_per_chunk : tiles;
   }
   __device__ void next() {
@@ -207,7 +210,7 @@ __device__ __forceinline__ void multiply(Accumulator<kRows>& acc, const char* st
   }
 }
 
-// Runs the thread block's jobs: epilogue(job, acc) after each tile. `shared` holds kStages<kRows> stages. The epilogue
+// Runs the thread block's jobs: epilogue(tile, block, acc) after each tile. `shared` holds kStages<kRows> stages. The epilogue
 // may use shared memory of its own: between two calls of it lies at least one barrier.
 template <class T, int kRows, class Epilogue>
 __device__ __forceinline__ void product(Loader<T, kRows>& loader, Jobs jobs, char* shared, Epilogue epilogue) {
@@ -223,7 +226,7 @@ __device__ __forceinline__ void product(Loader<T, kRows>& loader, Jobs jobs, cha
       multiply<T, kRows>(acc, shared + current * kBytes);
       current = current == kLast ? 0 : current + 1;
     }
-    epilogue(jobs, acc);
+    epilogue(jobs.tile, jobs.block, acc);
   }
   ptx::cp_async_wait<0>();
 }

@@ -1,5 +1,5 @@
-// Every inline PTX string of exeunt, each behind a function that says what it does. What lies in which lane is written
-// down in the PTX manual's figures for the instruction named; tests/cuda_on_cpu holds each string to that.
+// Every inline PTX string of exeunt, beside those of Hopper alone (ptx_sm90.cuh), each behind a function that says what
+// it does. What lies in which lane is written down in the PTX manual's figures for the instruction named; tests/cuda_on_cpu holds each string to that.
 #pragma once
 #ifdef EXEUNT_CUDA_EMULATED
 #include "ptx_emulated.h"
@@ -12,14 +12,19 @@
 
 namespace exeunt::cuda::ptx {
 
-// The block's dynamic shared memory, 128-byte aligned.
+// The block's dynamic shared memory, 1024-byte aligned.
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char exeunt_shared[];
+  extern __shared__ __align__(1024) char exeunt_shared[];
   return exeunt_shared;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// __syncthreads() of `threads` threads, which must be whole warps, at the block's barrier `id` (1..15).
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
 
 // Copies `bytes` (0..16) from global to shared memory, past L1, and zeros up to 16; both addresses are 16-byte aligned.
