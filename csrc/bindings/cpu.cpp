@@ -4,10 +4,10 @@
 
 #include <cstdlib>
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #include "bindings/exit_stats.h"
+#include "bindings/small_head.h"
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
 #include "cpu/kv_fill.h"
@@ -23,33 +23,11 @@ void exit_stats(const ExitStatsParams& params, int threads) {
   cpu::exit_stats(p);
 }
 
-// (weight, bias, outputs, inputs, activation) of a layer; outputs 0 means "not given".
-using Layer = std::tuple<Weight, Vector, int64_t, int64_t, int>;
-
-LayerArg layer_arg(const Layer& l) {
-  const auto& [weight, bias, outputs, inputs, activation] = l;
-  return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
-}
-
-void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
-                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
-                uintptr_t out, int threads) {
-  SmallHeadParams p{};
-  p.hidden = reinterpret_cast<const void*>(hidden);
-  p.hidden_dtype = static_cast<DType>(hidden_dtype);
-  p.hidden_stride = hidden_stride;
-  p.rows = rows;
-  p.width = width;
-  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
-  p.pooler = layer_arg(pooler);
-  p.pooled = p.pooler.outputs > 0;
-  p.head = layer_arg(head);
-  p.out = reinterpret_cast<float*>(out);
+void small_head(SmallHeadParams& p, int threads) {
   p.threads = threads;
   std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, cpu::small_head_workspace(p)),
                                                         std::free);
   p.workspace = workspace.get();
-  py::gil_scoped_release release;
   cpu::small_head(p);
 }
 
@@ -91,12 +69,7 @@ void kv_fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t 
   cpu::kv_fill(p);
 }
 
-void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
-                int64_t width, uintptr_t out) {
-  py::gil_scoped_release release;
-  cpu::saturation({reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), static_cast<DType>(a_dtype),
-                   static_cast<DType>(b_dtype), a_stride, b_stride, rows, width, reinterpret_cast<float*>(out)});
-}
+void saturation(const SaturationParams& p) { cpu::saturation(p); }
 
 }  // namespace
 
@@ -115,10 +88,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"), py::arg("draws"),
       py::arg("threads"), "Bytes of workspace that exit_stats needs.");
   def_exit_stats(m, &exit_stats, py::arg("threads"));
-  m.def("small_head", &small_head, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
-        py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("threads"),
-        "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  def_small_head(m, &small_head, py::arg("threads"));
   m.def(
       "kv_fill_workspace",
       [](int dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int threads) {
@@ -132,7 +102,5 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("table"), py::arg("places"),
         py::arg("tables"), py::arg("until"), py::arg("workspace"), py::arg("threads"),
         "Keys and values of skipped layers; see exeunt.ops.kv_fill.");
-  m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
-        py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
-        "Cosine of pairs of rows; see exeunt.ops.saturation.");
+  def_saturation(m, &saturation);
 }

@@ -81,7 +81,7 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, int64_t 
   p.workspace = workspace.data();
   const std::string where = "n=" + std::to_string(n) + " v=" + std::to_string(v) + " d=" + std::to_string(d) +
                             " dtype=" + std::to_string(static_cast<int>(dtype)) +
-                            " schedule=" + std::to_string(emu::schedule);
+                            " schedule=" + std::to_string(emu::schedule) + " sm_" + std::to_string(emu::capability);
   try {
     cuda::exit_stats(p, 0, nullptr);
   } catch (const std::exception& e) {
@@ -122,6 +122,12 @@ int main() {
     matches_a_plain_loop<float>(DType::float32, 17, 130, 200, 200);
     matches_a_plain_loop<BFloat16>(DType::bfloat16, 34, 129, 65, 67);
     matches_a_plain_loop<float>(DType::float32, 1, 3, 31, 31);
+    emu::capability = 90;  // unaligned heads and float32 take the kernels above on Hopper too
+    matches_a_plain_loop<BFloat16>(DType::bfloat16, 3, 650, 328, 328);
+    matches_a_plain_loop<Float16>(DType::float16, 12, 450, 72, 80);
+    matches_a_plain_loop<BFloat16>(DType::bfloat16, 20, 129, 65, 72);
+    matches_a_plain_loop<BFloat16>(DType::bfloat16, 66, 900, 72, 72);
+    emu::capability = 80;
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

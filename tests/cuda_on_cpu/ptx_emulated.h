@@ -8,6 +8,11 @@ namespace exeunt::cuda::ptx {
 
 inline char* dynamic_shared() { return reinterpret_cast<char*>(emu::block->shared); }
 
+inline void barrier_sync(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32) emu::fail("bar.sync: the barrier is not one of 1..15, or threads are no whole warps");
+  emu::barrier(id, threads, "bar.sync");
+}
+
 inline void check_shared(const char* op, const void* at) {
   const auto* p = static_cast<const unsigned char*>(at);
   if (reinterpret_cast<uintptr_t>(at) % 16) emu::fail(std::string(op) + ": a shared address is not 16-byte aligned");

@@ -252,8 +252,8 @@ def _forward(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    cpu = _backend.cpu
-    if cpu is None or not hidden.is_cpu:
+    kernels = _backend.kernels(hidden.device)
+    if kernels is None:
         _backend.warn_fallback("small_head", hidden.device)
         return reference.small_head(
             hidden, weight, bias, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation,
@@ -261,20 +261,25 @@ def _forward(
         )  # fmt: skip
     n, d = hidden.shape
     v, inner = weight.shape
-    out = torch.empty((n, v), dtype=torch.float32)
+    out = torch.empty((n, v), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return out
     if d > 1 and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     vector, matrix = _backend.vector_arg, _backend.weight_arg
     pooler = _NO_LAYER
+    place = _backend.place(hidden.device)
+    if hidden.is_cuda:
+        sizes = (_backend.DTYPES[weight.dtype], n, d, 0 if pooler_weight is None else inner)
+        workspace = torch.empty(kernels.small_head_workspace(*sizes), dtype=torch.uint8, device=hidden.device)
+        place = (workspace.data_ptr(), *place)
     if pooler_weight is not None:
         pooler = (matrix(pooler_weight), vector(pooler_bias), inner, d, _ACTIVATIONS[activation])
-    cpu.small_head(
+    kernels.small_head(
         hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _backend.NORMS[norm],
         vector(norm_weight), vector(norm_bias), eps, pooler,
         (matrix(weight), vector(bias), v, inner, _ACTIVATIONS[final]),
-        out.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), *place,
     )  # fmt: skip
     return out
 
@@ -283,16 +288,18 @@ _NO_LAYER = ((0, 0, False, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
 
 
 def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:
-    cpu = _backend.cpu
-    if cpu is None or not hidden.is_cpu:
+    kernels = _backend.kernels(hidden.device)
+    if kernels is None:
         _backend.warn_fallback("saturation", hidden.device)
         return reference.saturation(hidden, previous)
     n, d = hidden.shape
     a, b = (t if d <= 1 or t.stride(1) == 1 else t.contiguous() for t in (hidden, previous))
-    out = torch.empty(n, dtype=torch.float32)
-    codes = _backend.DTYPES
-    cpu.saturation(a.data_ptr(), codes[a.dtype], a.stride(0), b.data_ptr(), codes[b.dtype], b.stride(0), n, d,
-                   out.data_ptr())  # fmt: skip
+    out = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    if n == 0:
+        return out
+    codes, place = _backend.DTYPES, _backend.place(hidden.device) if hidden.is_cuda else ()
+    kernels.saturation(a.data_ptr(), codes[a.dtype], a.stride(0), b.data_ptr(), codes[b.dtype], b.stride(0), n, d,
+                       out.data_ptr(), *place)  # fmt: skip
     return out
 
 
