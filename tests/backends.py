@@ -23,6 +23,8 @@ def on_device():
 class Emulated:
     """exeunt._cuda_emu in the place of exeunt._cpu: CPU tensors, and no threads to be told of."""
 
+    takes_float8 = True
+
     def __init__(self, capability=80):
         self.module = importlib.import_module("exeunt._cuda_emu")
         self.module.set_schedule(1)  # threads in random order, some copies early

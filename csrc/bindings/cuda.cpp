@@ -95,6 +95,7 @@ int64_t small_head_workspace(int dtype, int64_t rows, int64_t width, int64_t poo
 PYBIND11_MODULE(EXEUNT_MODULE, m) {
   m.doc() = "CUDA kernels of exeunt: plain pointers and integers, validated by exeunt.ops.";
   m.attr("version") = EXEUNT_VERSION;
+  m.attr("takes_float8") = true;
   m.def("device_count", &cuda::device_count, "CUDA devices that can be used now.");
   m.def("compute_capability", &cuda::compute_capability, py::arg("device"), "Of a device, for example 90.");
   m.def("runtime_version", &cuda::runtime_version, "CUDA runtime this module was built with.");

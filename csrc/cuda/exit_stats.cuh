@@ -13,14 +13,17 @@
 
 namespace exeunt::cuda {
 
-// Row blockIdx.x of x [.., x_width], of the dtype of the head, x_width being D padded with zeros. Rows that are not
-// live are zeros, a row whose index is out of range is NaN.
+// Row blockIdx.x of x [.., x_width], x_width being D padded with zeros. Rows that are not live are zeros, a row whose
+// index is out of range is NaN.
 static __global__ void __launch_bounds__(kThreads)
-    normalise_kernel(const __grid_constant__ ExitStatsParams p, char* x, int64_t x_width) {
-  const int64_t m = blockIdx.x, out = m * x_width;
+    normalise_kernel(const __grid_constant__ ExitStatsParams p, const __grid_constant__ ExitStatsWorkspace w) {
+  const int64_t m = blockIdx.x, x_width = w.x_width;
+  const bool fp8 = p.head.dtype == DType::float8_e4m3;
   const bool live = m < live_rows(p);
   const int64_t row = live ? hidden_row(p, m) : -1;
-  const auto write = [&](int64_t d, float value) { store_at(x, p.head.dtype, out + d, value); };
+  const auto write = [&](int64_t d, float value) {
+    store_at(w.x, w.x_dtype, m * x_width + (fp8 ? fp8_place(d) : d), value);
+  };
   for (int64_t d = (row < 0 ? 0 : p.width) + threadIdx.x; d < x_width; d += kThreads)
     write(d, live && d < p.width ? std::numeric_limits<float>::quiet_NaN() : 0.0f);
   if (row >= 0)
@@ -28,16 +31,18 @@ static __global__ void __launch_bounds__(kThreads)
               reinterpret_cast<double*>(ptx::dynamic_shared()), write);
 }
 
-template <class T, int kRows>
+template <class W, class T, int kRows>
 __global__ void __launch_bounds__(kThreads, 2)
     exit_stats_kernel(const __grid_constant__ ExitStatsParams p, const __grid_constant__ ExitStatsWorkspace w) {
   char* shared = ptx::dynamic_shared();
   const int64_t live = live_rows(p);
   const Jobs jobs(w.tiles, w.tiles_per_chunk, (live + kRows - 1) / kRows);
-  Loader<T, kRows> loader(p.head, p.columns, p.vocab, p.head_rows, p.width, w.x,
-                          w.x_width * static_cast<int64_t>(sizeof(T)), jobs);
-  const ExitStatsEpilogue<kRows> epilogue(p, w, live, 0, shared + kStages<kRows> * kStageBytes<kRows>);
-  product<T, kRows>(loader, jobs, shared, epilogue);
+  Loader<W, T, kRows> loader(p.head, p.columns, p.vocab, p.head_rows, p.width, w.x,
+                             w.x_width * static_cast<int64_t>(sizeof(T)), jobs);
+  constexpr bool kScaled = sizeof(W) == 1;
+  const ExitStatsEpilogue<kRows, false, kScaled> epilogue(
+      p, w, live, 0, shared + kStages<kRows> * kStageBytes<kRows, kRowLines<W, T>>, kScaled ? fp8_factor<T>() : 1.0f);
+  product<W, T, kRows>(loader, jobs, shared, epilogue);
 }
 
 // One warp per row: each lane merges its run of chunks, then neighbours join, always the earlier with the later.

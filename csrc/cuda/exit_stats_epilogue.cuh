@@ -16,8 +16,9 @@ namespace exeunt::cuda {
 
 // Where things lie in the workspace.
 struct ExitStatsWorkspace {
-  char* x;          // [rows rounded up to blocks, x_width] of the head's dtype
+  char* x;          // [rows rounded up to blocks, x_width] of x_dtype
   int64_t x_width;  // D rounded up to whole steps
+  DType x_dtype;    // the head's; of hidden where the head is float8_e4m3
   int64_t tiles, tiles_per_chunk, chunks;
   ExitStats* partials;    // [M, chunks]
   Candidate* candidates;  // [M, chunks, slots]: topk lists, then the winner of a draw
@@ -72,8 +73,8 @@ __device__ __forceinline__ Candidate warp_best(const float (&z)[4], int32_t firs
 
 // What four warps do with the products of a tile and a block of hidden rows. A thread's four logits of a row are 8 q +
 // g + 32 warp rows into the tile, q = 2 a + b; the accumulators hold them as [a][..][2 b + e] (mma.sync) or, with
-// kExchanged, as [b][..][2 a + e] (wgmma).
-template <int kRows, bool kExchanged = false>
+// kExchanged, as [b][..][2 a + e] (wgmma). With kScaled each row of the weight has a scale, which `factor` multiplies.
+template <int kRows, bool kExchanged = false, bool kScaled = false>
 class ExitStatsEpilogue {
  public:
   // Of shared memory, for the constructor's `scratch`.
@@ -83,10 +84,11 @@ class ExitStatsEpilogue {
 
   // The `group`-th four warps of the thread block.
   __device__ ExitStatsEpilogue(const ExitStatsParams& p, const ExitStatsWorkspace& w, int64_t live, int group,
-                               char* scratch)
+                               char* scratch, float factor = 1.0f)
       : p_(p),
         w_(w),
         live_(live),
+        factor_(factor),
         group_(group),
         thread_(static_cast<int>(threadIdx.x) - group * kThreads),
         partials_(reinterpret_cast<ExitStats*>(scratch)),
@@ -96,7 +98,7 @@ class ExitStatsEpilogue {
     const int lane = thread_ % 32, warp = thread_ / 32, g = lane / 4, t = lane % 4;
     const int32_t first = static_cast<int32_t>(tile * kTile) + 32 * warp + g;  // position of the first of four
     int64_t id[4];                                                             // rows of the head
-    float bias[4];
+    float bias[4], scale[kScaled ? 4 : 1];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int32_t position = first + 8 * q;
@@ -106,6 +108,7 @@ class ExitStatsEpilogue {
       bias[q] = !there              ? std::numeric_limits<float>::quiet_NaN()
                 : p_.head_bias.data ? value_at(p_.head_bias.data, p_.head_bias.dtype, id[q] * p_.head_bias.stride)
                                     : 0.0f;
+      if constexpr (kScaled) scale[q] = there ? p_.head.scale[id[q]] * factor_ : 1.0f;
     }
     // Registers cannot be indexed, and the body is too long to unroll: the next eight rows' move to j = 0 instead.
 #pragma unroll 1
@@ -115,8 +118,11 @@ class ExitStatsEpilogue {
         const int64_t m = block * kRows + r + e;
         float z[4];
 #pragma unroll
-        for (int q = 0; q < 4; ++q)
-          z[q] = (kExchanged ? acc[q & 1][0][2 * (q >> 1) + e] : acc[q >> 1][0][2 * (q & 1) + e]) + bias[q];
+        for (int q = 0; q < 4; ++q) {
+          z[q] = kExchanged ? acc[q & 1][0][2 * (q >> 1) + e] : acc[q >> 1][0][2 * (q & 1) + e];
+          if constexpr (kScaled) z[q] *= scale[q];
+          z[q] += bias[q];
+        }
         row(m, m < live_, z, id, first, warp * kRows + r + e, g == 0);
       }
 #pragma unroll
@@ -200,6 +206,7 @@ class ExitStatsEpilogue {
   const ExitStatsParams& p_;
   const ExitStatsWorkspace& w_;
   int64_t live_;
+  float factor_;
   int group_, thread_;     // thread_ within its group
   ExitStats* partials_;    // [kWarps, kRows]
   Candidate* candidates_;  // [kWarps, kRows, slots]

@@ -44,6 +44,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 }
 
+// Products of two pairs of bfloat16, rounded; subnormal numbers count.
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm volatile("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+}
+
 // Four 8x8 matrices of 16-bit elements: lane 8 m + i brings the address of row i of matrix m; lane 4 i + c receives
 // elements 2 c, 2 c + 1 of row i of matrix m in r[m].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {

@@ -54,6 +54,15 @@ inline void cp_async_wait() {
   }
 }
 
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  const auto half = [&](int at) {
+    const float x = to_float(BFloat16{static_cast<uint16_t>(a >> at)});
+    const float y = to_float(BFloat16{static_cast<uint16_t>(b >> at)});
+    return static_cast<uint32_t>(to_bfloat16(x * y).bits) << at;
+  };
+  return half(0) | half(16);
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   struct Words {
     uint32_t word[4];

@@ -74,6 +74,7 @@ PLAIN = {
     "registers_down_to": "setmaxnreg.dec.sync.aligned.u32 kRegisters",
     "registers_up_to": "setmaxnreg.inc.sync.aligned.u32 kRegisters",
     "barrier_sync": "bar.sync id, threads",
+    "multiply_bf16x2": "fma.rn.bf16x2 product, a, b, 0x80008000u",  # a b - 0 in both halves
 }
 KINDS = {"BFloat16": "bf16", "Float16": "f16"}
 
