@@ -3,7 +3,7 @@
     python benchmarks/bench_cuda_step.py [--out FILE]    on a GPU; the table is appended to FILE
 
 CALM's step on a Llama-like decoder of random weights: at each exit the check reads the head (``ops.exit_stats``), rows
-that leave keep its token, the others move together (``ops.compact``), and keys and values of the layers that a row skips
+that leave keep its token, others move together (``ops.compact``), and keys and values of the layers that a row skips
 come from its exit state. Each piece is captured once for each bucket of rows (1, 2, 4, ...); every launch follows row
 lists and counts on the device. The host reads one number an exit: how many rows go on, which names the next bucket.
 

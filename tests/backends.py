@@ -76,8 +76,10 @@ def patch_ops(monkeypatch):
             got = op(*moved_args, **named)
             if kwargs.get("logits_out") is not None:
                 kwargs["logits_out"].copy_(named["logits_out"])
-            return got.cpu() if isinstance(got, torch.Tensor) else type(got)._make(
-                None if t is None else t.cpu() for t in got
+            return (
+                got.cpu()
+                if isinstance(got, torch.Tensor)
+                else type(got)._make(None if t is None else t.cpu() for t in got)
             )
 
         return run

@@ -69,9 +69,7 @@ void compact(uintptr_t mask, int64_t stride, int64_t n, uintptr_t rows, uintptr_
 
 void expand(uintptr_t rows, uintptr_t count, uintptr_t compacted, uintptr_t into, uintptr_t out, int64_t n,
             int64_t row_bytes, int device, uintptr_t stream) {
-  const auto say = [&] {
-    return "expand: " + std::to_string(n) + " rows of " + std::to_string(row_bytes) + " bytes";
-  };
+  const auto say = [&] { return "expand: " + std::to_string(n) + " rows of " + std::to_string(row_bytes) + " bytes"; };
   named(device, say, [&] {
     cuda::expand(reinterpret_cast<const int64_t*>(rows), reinterpret_cast<const int64_t*>(count),
                  reinterpret_cast<const void*>(compacted), reinterpret_cast<const void*>(into),

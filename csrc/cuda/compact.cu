@@ -1,6 +1,5 @@
-#include "cuda/compact.h"
-
 #include "cuda/compact.cuh"
+#include "cuda/compact.h"
 #include "cuda/launch.h"
 
 namespace exeunt::cuda {

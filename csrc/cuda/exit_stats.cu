@@ -42,8 +42,8 @@ void launch_product(const ExitStatsParams& p, const ExitStatsWorkspace& w, const
   const int shared =
       kStages<kRows> * kStageBytes<kRows, kRowLines<W, T>> + ExitStatsEpilogue<kRows>::scratch_bytes(w.slots);
   const int64_t items = w.chunks * parts(p.rows, kRows);
-  launch(&exit_stats_kernel<W, T, kRows>, std::min(items, target.resident(shared, 2)), kThreads, shared, target.stream, p,
-         w);
+  launch(&exit_stats_kernel<W, T, kRows>, std::min(items, target.resident(shared, 2)), kThreads, shared, target.stream,
+         p, w);
 }
 
 template <class T>
@@ -76,9 +76,8 @@ int64_t exit_stats_workspace(DType head, int64_t rows, int64_t vocab, int64_t wi
 void exit_stats(const ExitStatsParams& p, int device, void* stream_handle) {
   const OnDevice on_device(device);
   const Target target(device, static_cast<cudaStream_t>(stream_handle));
-  const auto [w, padded_rows, bytes] =
-      plan(p.head.dtype, p.hidden_dtype, p.rows, p.vocab, p.width, p.topk, p.seeds != nullptr,
-           static_cast<char*>(p.workspace));
+  const auto [w, padded_rows, bytes] = plan(p.head.dtype, p.hidden_dtype, p.rows, p.vocab, p.width, p.topk,
+                                            p.seeds != nullptr, static_cast<char*>(p.workspace));
   launch(&normalise_kernel, padded_rows, kThreads, kNormaliseScratch, target.stream, p, w);
   if (sm90_takes(p, device))
     exit_stats_sm90(p, w, target);

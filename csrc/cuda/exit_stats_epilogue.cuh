@@ -1,6 +1,7 @@
-// What exit_stats does with the products of a tile, whichever pipeline brought them (product.cuh, product_sm90.cuh): each
-// thread's four logits of a hidden row -> one ExitStats -> merged over the eight lanes that share the row, then over the
-// four warps in order -> a partial per row and vocabulary chunk, with candidates for top-k and draws beside it.
+// What exit_stats does with the products of a tile, whichever pipeline brought them (product.cuh, product_sm90.cuh):
+// each thread's four logits of a hidden row -> one ExitStats -> merged over the eight lanes that share the row, then
+// over the four warps in order -> a partial per row and vocabulary chunk, with candidates for top-k and draws beside
+// it.
 #pragma once
 #include <cmath>
 #include <cstdint>

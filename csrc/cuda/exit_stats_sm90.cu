@@ -1,8 +1,7 @@
-#include "cuda/exit_stats_sm90.cuh"
-
 #include <algorithm>
 
 #include "cuda/exit_stats_launch.h"
+#include "cuda/exit_stats_sm90.cuh"
 #include "cuda/tensor_map.h"
 
 namespace exeunt::cuda {

@@ -139,8 +139,8 @@ class Loader {
       for (int line = 0; line < kLines; ++line)
 #pragma unroll
         for (int r = row; r < kRows; r += kRowsAtOnce)
-          ptx::cp_async_16(stage + (kTile + line * kRows) * kLine + chunk_at(r, chunk), x + r * x_stride_ + line * kLine,
-                           16);
+          ptx::cp_async_16(stage + (kTile + line * kRows) * kLine + chunk_at(r, chunk),
+                           x + r * x_stride_ + line * kLine, 16);
       if (++line_ == lines_) {
         line_ = 0;
         jobs_.next();
@@ -256,8 +256,8 @@ __device__ __forceinline__ void multiply(Accumulator<kRows>& acc, const char* st
   }
 }
 
-// Runs the thread block's jobs: epilogue(tile, block, acc) after each tile. `shared` holds kStages<kRows> stages. The epilogue
-// may use shared memory of its own: between two calls of it lies at least one barrier.
+// Runs the thread block's jobs: epilogue(tile, block, acc) after each tile. `shared` holds kStages<kRows> stages. The
+// epilogue may use shared memory of its own: between two calls of it lies at least one barrier.
 template <class W, class T, int kRows, class Epilogue>
 __device__ __forceinline__ void product(Loader<W, T, kRows>& loader, Jobs jobs, char* shared, Epilogue epilogue) {
   constexpr int kLast = kStages<kRows> - 1, kBytes = kStageBytes<kRows, kRowLines<W, T>>;

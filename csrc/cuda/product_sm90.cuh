@@ -98,8 +98,7 @@ __device__ __forceinline__ void consume(Jobs jobs, int64_t lines, int group, cha
 #pragma unroll
       for (int k = 0; k < 4; ++k)  // 32 bytes further along D; i: eight rows further down
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          ptx::wgmma<T, kRows>(acc[i], a + (i * 8 * kLine + k * 32) / 16, b + k * 32 / 16);
+        for (int i = 0; i < 2; ++i) ptx::wgmma<T, kRows>(acc[i], a + (i * 8 * kLine + k * 32) / 16, b + k * 32 / 16);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (leads && line > 0) ptx::mbarrier_arrive(empty + before);

@@ -1,5 +1,6 @@
 // Every inline PTX string of exeunt, beside those of Hopper alone (ptx_sm90.cuh), each behind a function that says what
-// it does. What lies in which lane is written down in the PTX manual's figures for the instruction named; tests/cuda_on_cpu holds each string to that.
+// it does. What lies in which lane is written down in the PTX manual's figures for the instruction named;
+// tests/cuda_on_cpu holds each string to that.
 #pragma once
 #ifdef EXEUNT_CUDA_EMULATED
 #include "ptx_emulated.h"

@@ -36,22 +36,20 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
 // as a completed one of parity 1.
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t completed;
-  asm volatile(
-      "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
-      : "=r"(completed)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+               : "=r"(completed)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
   return completed != 0;
 }
 
-// The box of `map` whose first element is (x, y), x along the rows, to shared memory, 1024-byte aligned; its bytes count
-// towards the barrier's phase. What lies outside the tensor arrives as zeros, and counts too.
+// The box of `map` whose first element is (x, y), x along the rows, to shared memory, 1024-byte aligned; its bytes
+// count towards the barrier's phase. What lies outside the tensor arrives as zeros, and counts too.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-      :
-      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+               :
+               : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+               : "memory");
 }
 
 // Opens a group of products: what the warpgroup did to their registers before comes before them.
@@ -96,17 +94,17 @@ __device__ void wgmma(float (&d)[kRows / 8][4], uint64_t a, uint64_t b);
 #define EXEUNT_D32(j) EXEUNT_D16(j), EXEUNT_D16(j + 2)
 #define EXEUNT_D64(j) EXEUNT_D32(j), EXEUNT_D32(j + 4)
 #define EXEUNT_D128(j) EXEUNT_D64(j), EXEUNT_D64(j + 8)
-#define EXEUNT_WGMMA(T, kind, rows, registers, descriptors, ...)                                         \
-  template <>                                                                                            \
-  __device__ __forceinline__ void wgmma<T, rows>(float (&d)[rows / 8][4], uint64_t a, uint64_t b) {      \
-    asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" #rows      \
-                 "k16.f32." kind "." kind " {" registers "}, " descriptors ", add, 1, 1, 0, 0; }"        \
-                 : __VA_ARGS__                                                                           \
-                 : "l"(a), "l"(b)                                                                        \
-                 : "memory");                                                                            \
+#define EXEUNT_WGMMA(T, kind, rows, registers, descriptors, ...)                                                    \
+  template <>                                                                                                       \
+  __device__ __forceinline__ void wgmma<T, rows>(float (&d)[rows / 8][4], uint64_t a, uint64_t b) {                 \
+    asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n" #rows "k16.f32." kind \
+                 "." kind " {" registers "}, " descriptors ", add, 1, 1, 0, 0; }"                                   \
+                 : __VA_ARGS__                                                                                      \
+                 : "l"(a), "l"(b)                                                                                   \
+                 : "memory");                                                                                       \
   }
-#define EXEUNT_WGMMA_KINDS(rows, registers, descriptors, ...)                \
-  EXEUNT_WGMMA(BFloat16, "bf16", rows, registers, descriptors, __VA_ARGS__)  \
+#define EXEUNT_WGMMA_KINDS(rows, registers, descriptors, ...)               \
+  EXEUNT_WGMMA(BFloat16, "bf16", rows, registers, descriptors, __VA_ARGS__) \
   EXEUNT_WGMMA(Float16, "f16", rows, registers, descriptors, __VA_ARGS__)
 
 // clang-format off

@@ -1,7 +1,6 @@
-#include "cuda/small_head.h"
-
 #include "cuda/launch.h"
 #include "cuda/small_head.cuh"
+#include "cuda/small_head.h"
 
 namespace exeunt::cuda {
 namespace {

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t output = blockIdx.x % output_blocks * kWarps + threadIdx.x / 32;
   const int64_t first = blockIdx.x / output_blocks * kAtOnce;
   if (output >= layer.outputs) return;
-  const T* w = reinterpret_cast<const T*>(static_cast<const char*>(layer.weight.data) +
-                                          output * layer.weight.row_stride);
+  const T* w =
+      reinterpret_cast<const T*>(static_cast<const char*>(layer.weight.data) + output * layer.weight.row_stride);
   float sums[kAtOnce] = {};
   for (int64_t d = threadIdx.x % 32; d < layer.inputs; d += 32) {
     const float weight = to_float(w[d]);

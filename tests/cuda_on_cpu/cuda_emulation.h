@@ -13,7 +13,8 @@
 // a misaligned or out-of-bounds address in a copy or a matrix load, a thread that ends with copies in flight.
 //
 // Under ThreadSanitizer every thread is a TSan fiber, ordered with others by barriers, mbarriers, __syncwarp and
-// wgmma's aligned instructions alone, so a missing barrier is reported as the race that it is. Under AddressSanitizer shared memory ends where it ends.
+// wgmma's aligned instructions alone, so a missing barrier is reported as the race that it is. Under AddressSanitizer
+// shared memory ends where it ends.
 //
 // What it cannot see: wrong PTX strings (ptx_layouts.py holds those to their documentation), what nvcc makes of the
 // code, bank conflicts, registers, speed, and races between blocks.
@@ -86,8 +87,8 @@ struct Thread {
   int linear = 0;
   State state = State::ready;
   const char* where = "its start";
-  int barrier = 0;                // which one it is at
-  const void* awaited = nullptr;  // the mbarrier that it is at
+  int barrier = 0;                        // which one it is at
+  const void* awaited = nullptr;          // the mbarrier that it is at
   std::vector<Copy> open;                 // cp.async not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   bool fenced = false;                    // wgmma: a fence since the last commit
@@ -118,8 +119,8 @@ struct Block {
   size_t shared_bytes = 0;
   int alive = 0;
   Barrier barriers[16];
-  char began, ended;      // what TSan orders threads by
-  bool unfenced = false;  // an mbarrier was initialised and the copy engine not told
+  char began, ended;                             // what TSan orders threads by
+  bool unfenced = false;                         // an mbarrier was initialised and the copy engine not told
   std::vector<std::function<void()>> in_flight;  // bulk copies
   Engines engines;                               // that make them
   Fiber main;

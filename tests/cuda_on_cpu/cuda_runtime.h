@@ -1,5 +1,5 @@
-// The CUDA runtime as far as csrc/cuda calls it, in front of the toolkit's header of this name: one emulated device with
-// three multiprocessors, so that persistent blocks take several tiles each.
+// The CUDA runtime as far as csrc/cuda calls it, in front of the toolkit's header of this name: one emulated device
+// with three multiprocessors, so that persistent blocks take several tiles each.
 #pragma once
 #include "cuda.h"
 #include "cuda_emulation.h"

@@ -9,7 +9,8 @@ namespace exeunt::cuda::ptx {
 inline char* dynamic_shared() { return reinterpret_cast<char*>(emu::block->shared); }
 
 inline void barrier_sync(int id, int threads) {
-  if (id < 1 || id > 15 || threads % 32) emu::fail("bar.sync: the barrier is not one of 1..15, or threads are no whole warps");
+  if (id < 1 || id > 15 || threads % 32)
+    emu::fail("bar.sync: the barrier is not one of 1..15, or threads are no whole warps");
   emu::barrier(id, threads, "bar.sync");
 }
 

@@ -52,7 +52,7 @@ def test_a_vocabulary_whose_chunks_hold_several_tiles(emulated):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_blocks_of_many_rows(emulated, dtype):
-    """Two tiles side by side, an odd number of them, rows that fill no block; long candidate lists take other blocks."""
+    """Two tiles side by side, an odd number of them, rows that fill no block; long lists take other blocks."""
     hidden, head = make(140, 3 * 128 + 5, 72, dtype)
     every = torch.arange(140)
     asked = dict(target=every, **norm_args("rms", 72, dtype))
