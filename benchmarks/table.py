@@ -55,6 +55,24 @@ def fills(results: dict) -> str:
     return "\n".join(lines)
 
 
+def attention(results: dict) -> str:
+    """Markdown table of bench_ragged_attention.py, one row a case."""
+    lines = [
+        f"{setup(results)}. Floor: one read of the keys and values that are there; in brackets the part of its speed "
+        "that is reached. sdpa: in brackets times ragged_attention's.",
+        "",
+        "| 32 heads over 8 of 64 | floor | ragged_attention | sdpa, grouped | sdpa, repeated |",
+        "|---|---|---|---|---|",
+    ]
+    for b in results["benchmarks"]:
+        t = b["extra_info"]["sides"]
+        ours = t["ragged_attention"]
+        cells = [f"{t['floor']:.3g}", f"{ours:.3g} ({t['floor'] / ours:.2f})"]
+        cells += [f"{t[peer]:.3g} ({t[peer] / ours:.2f}x)" for peer in ("sdpa, grouped", "sdpa, repeated")]
+        lines.append(f"| {b['extra_info']['attention']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def pairs(results: dict) -> str:
     """Markdown table of comparisons of two sides that ran in turns, one row a case."""
     clock = results["benchmarks"][0]["extra_info"]["clock"]
@@ -74,4 +92,5 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
     results = json.loads(parser.parse_args().file.read_text())
     info = results["benchmarks"][0]["extra_info"]
-    print((pairs if "speed" in info else fills if "fill" in info else table)(results))
+    kinds = {"speed": pairs, "fill": fills, "attention": attention}
+    print(next((kind for name, kind in kinds.items() if name in info), table)(results))

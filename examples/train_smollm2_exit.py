@@ -1,7 +1,8 @@
 """Train exits for SmolLM2-135M-Instruct: a translator and a probe after each of some layers.
 
-1. Text. Python's language reference and the docstrings of its standard library come with Python, further text files
-   can be given; chats are made up by the model itself, which is given nothing but the opening of a user's turn.
+1. Text. Python's language reference and the docstrings of its standard library come with Python; novels and WordNet's
+   definitions out of Debian packages (small_lm_text.py says which) make it broader; chats are made up by the model
+   itself, which is given nothing but the opening of a user's turn.
 2. The rest is `exeunt.training.train_exits`: one pass of the model over the text, in bfloat16 (twice as fast as float32
    on a CPU), whose states stay on disk; KL(full depth || exit) for the translators, balanced cross-entropy for the
    probes; figures on held-out documentation and chats, stored with the heads.
@@ -9,7 +10,8 @@
 One exit in a quarter of an hour on two cores, three exits on a million tokens in about two hours:
 
     python examples/train_smollm2_exit.py --out exits
-    python examples/train_smollm2_exit.py --layers 12,18,24 --tokens 950000 --more text/ --steps 4000 --out exits
+    python examples/train_smollm2_exit.py --layers 12,18,24 --tokens 400000 --text text --chats 288 \\
+        --sample 4096 --steps 2000 --out exits
 
 Stopped, the same command goes on where it was. Load the result with
 ``exeunt.heads.ExitHeads.load("exits/exits.safetensors", model.config)``.
@@ -18,6 +20,7 @@ Stopped, the same command goes on where it was. Load the result with
 import argparse
 import ast
 import json
+import random
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -33,11 +36,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+import small_lm_text
 from exeunt import smollm2
 from exeunt.files import written
 from exeunt.training import tokenised, train_exits
 
 LENGTH = 256  # tokens that the model reads in one piece
+TOGETHER = 144  # chats made at a time
+MEASURED = 64  # held-out rows of a source at most
 DATA = (
     "Python language reference and standard library docstrings (PSF-2.0); "
     "chats sampled from SmolLM2-135M-Instruct itself (Apache-2.0)"
@@ -74,15 +80,35 @@ def chat(model: Any, opening: Tensor, chats: int) -> Tensor:
         return model.generate(opening.expand(chats, -1), eos_token_id=never, **rules)
 
 
-def chats(model: Any, tokenizer: Any, count: int, file: Path) -> Any:
-    """Rows of chats, made once."""
-    if not file.exists():
-        turn = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-        opening = tokenizer(turn.removesuffix("<|im_end|>\n"), return_tensors="pt").input_ids
-        rows = torch.cat([chat(model, opening, min(256, count - done)) for done in range(0, count, 256)])
-        with written(file) as unfinished, open(unfinished, "wb") as stream:
-            np.save(stream, rows.numpy())
-    return np.load(file)
+def chats(model: Any, tokenizer: Any, count: int, seed: int, folder: Path) -> Any:
+    """Rows of chats, made once, some at a time: each batch has a seed and a file of its own."""
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    opening = tokenizer(turn.removesuffix("<|im_end|>\n"), return_tensors="pt").input_ids
+    rows = []
+    for start in range(0, count, TOGETHER):
+        size = min(TOGETHER, count - start)
+        file = folder / f"chats-{seed}-{start}-{size}.npy"
+        if not file.exists():
+            torch.manual_seed(seed + start)
+            with written(file) as unfinished, open(unfinished, "wb") as stream:
+                np.save(stream, chat(model, opening, size).numpy())
+        rows.append(np.load(file))
+    return np.concatenate(rows)
+
+
+def rows(tokenizer: Any, text: Path | None, tokens: int, seed: int) -> tuple[list[Any], dict[str, Any]]:
+    """Rows to train on and, by source, held-out ones."""
+    sources = {"documentation": (list(dict.fromkeys(documentation())), tokens)}  # some docstrings occur twice
+    if text is not None:
+        further = small_lm_text.documents(text)
+        sources |= {name: (further[name], tokens * 4 // 5) for name in ("novels", "definitions")}
+    train, held_out = [], {}
+    for name, (texts, count) in sources.items():
+        random.Random(seed).shuffle(texts)
+        some, left_out = tokenised(tokenizer, texts, LENGTH - 1, count)
+        train.append(some)
+        held_out[name] = left_out[:MEASURED]
+    return train, held_out
 
 
 def show(layer: str, measured: dict[str, Any]) -> None:
@@ -101,30 +127,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--layers", default="24", metavar="E,E", help="exit after these, 0..28; default 24")
-    add("--tokens", type=int, default=130_000, help="of documentation, up to 400000 and --more; default 130000")
-    add("--more", type=Path, help="folder of further *.txt files, read after the documentation")
+    add("--tokens", type=int, default=130_000, help="of documentation, up to 400000; default 130000")
+    add("--text", type=Path, help="folder of novels and definitions, of which --tokens * 4 / 5 each are read")
     add("--chats", type=int, default=256, help=f"each of {LENGTH} tokens; default 256")
     add("--steps", type=int, default=1500, help="training steps of 512 tokens; default 1500")
+    add("--sample", type=int, help="tokens of the vocabulary read in a step beside likely ones; default all")
+    add(
+        "--head",
+        default="translator",
+        help="translator, or layer: a decoder layer of the exit's own; default translator",
+    )
     add("--learning-rate", type=float, default=1e-2, help="its peak; default 0.01")
     add("--seed", type=int, default=0, help="for chats and training; default 0")
     add("--out", type=Path, required=True, help="folder for the heads and what leads to them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    torch.manual_seed(args.seed)
     model, tokenizer = smollm2.load(torch.bfloat16)
-    more = (file.read_text(encoding="utf-8") for file in sorted(args.more.rglob("*.txt"))) if args.more else ()
-    texts = list(dict.fromkeys([*documentation(), *more]))  # some docstrings occur twice
-    train, held_out = tokenised(tokenizer, texts, LENGTH - 1, args.tokens)
-    talk = chats(model, tokenizer, args.chats, args.out / "chats.npy")
-    last = talk[: max(1, args.chats // 10)]
+    train, held_out = rows(tokenizer, args.text, args.tokens, args.seed)
+    talk = chats(model, tokenizer, args.chats, args.seed, args.out)
+    last = talk[: min(MEASURED, max(1, args.chats // 10))]
     heads = train_exits(
         model,
-        np.concatenate([train, talk[len(last) :]]),
+        np.concatenate([*train, talk[len(last) :]]),
         [int(layer) for layer in args.layers.split(",")],
         "kl + probe",
         args.out,
-        held_out={"documentation": held_out, "chat": last},
+        head=args.head,
+        sample=args.sample,
+        held_out=held_out | {"chat": last},
         steps=args.steps,
         learning_rate=args.learning_rate,
         seed=args.seed,

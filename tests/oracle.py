@@ -128,12 +128,16 @@ class Oracle:
 class RunEverything:
     """The oracle for a model that somebody else drives (stock generate, a loop): it computes all rows everywhere.
 
-    While the context is open, a single-token forward on a filled cache freezes the state of each row at its exit; the
-    cache stays transformers' own. ``depths`` collects one [B] tensor a step.
+    While the context is open, each row of a single-token forward on a filled cache leaves at its exit; the cache stays
+    transformers' own. ``depths`` collects one [B] tensor a step. ``skipped`` says what the layers after the exit get of
+    a row: "exit state", what it would be without exits ("full"), or nothing that a later token can see ("nothing").
     """
 
-    def __init__(self, model, exits, confidence, threshold):
+    GONE = 12345.0  # a key that nobody may see; it stands in the cache, so whatever happens to that happens to it
+
+    def __init__(self, model, exits, confidence, threshold, skipped="exit state"):
         self.model, self.exits, self.confidence, self.threshold = model, exits, confidence, threshold
+        self.skipped = skipped
         self.depths, self.closest, self.depth = [], float("inf"), None
 
     def __enter__(self):
@@ -151,11 +155,16 @@ class RunEverything:
             decoding = hidden.shape[1] == 1 and kwargs["past_key_values"].get_seq_length() > 0
             last = len(self.model.model.layers) - 1
             self.depth, self.kept = (torch.full((len(hidden),), last), {}) if decoding else (None, {})
+        if self.skipped == "nothing":
+            kwargs = self.without_gone(kwargs, i, hidden.shape[1])
         new = type(layer).forward(layer, hidden, *args, **kwargs)
         if self.depth is None:
             return new
         left = self.depth < i
-        new = torch.where(left[:, None, None], hidden, new)
+        if self.skipped == "nothing":
+            kwargs["past_key_values"].layers[i].keys[left, :, -1] = self.GONE
+        if self.skipped != "full":
+            new = torch.where(left[:, None, None], hidden, new)
         if i in self.exits:
             score = score_of(self.confidence, new[:, 0], hidden[:, 0], self.model)
             self.closest = min([self.closest, *(score[~left] - self.threshold).abs().tolist()])
@@ -163,6 +172,17 @@ class RunEverything:
                 self.depth[row] = i
                 self.kept[row] = exit_logits(new[row], self.model)[0]
         return new
+
+    def without_gone(self, kwargs, i, new):
+        """Arguments of a layer that is to see no key that stands for nothing."""
+        layer = kwargs["past_key_values"].layers[i] if i < len(kwargs["past_key_values"].layers) else None
+        if layer is None or not layer.get_seq_length():
+            return kwargs
+        gone = torch.nn.functional.pad((layer.keys[:, 0, :, 0] == self.GONE), (0, new))[:, None, None]
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(1, 1, new, gone.shape[-1], dtype=torch.bool).tril(gone.shape[-1] - new)
+        return {**kwargs, "attention_mask": mask & ~gone}
 
     def head(self, normed):
         logits = type(self.model.lm_head).forward(self.model.lm_head, normed)

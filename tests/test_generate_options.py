@@ -153,7 +153,7 @@ def test_other_caches_are_refused_before_anything_runs(model):
 
 def test_other_attention_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flex_attention")
-    with pytest.raises(ValueError, match="expected eager or sdpa attention, got 'flex_attention'"):
+    with pytest.raises(ValueError, match="expected eager or sdpa or exeunt attention, got 'flex_attention'"):
         exeunt.attach(model, never())
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exeunt.heads import ExitHead, ExitHeads, Probe, Translator, fingerprint
+from exeunt.heads import DecoderLayer, ExitHead, ExitHeads, Probe, Translator, fingerprint
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -48,6 +48,41 @@ def test_fresh_translator_is_the_identity(dtype):
     assert torch.equal(Translator(64)(h), h)
     assert torch.equal(Translator(64).to(dtype)(h), h)
     assert ExitHead().state(h) is h
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2])
+def test_decoder_layer_is_that_of_a_stock_llama(tmp_path, key_value_heads):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=key_value_heads, rms_norm_eps=1e-3, initializer_range=0.3)  # fmt: skip
+    stock = transformers.LlamaModel(options).eval()
+    own, layer = DecoderLayer(64, 4, key_value_heads, width=80, eps=1e-3), stock.layers[0]
+    names = {"query": "q", "key": "k", "value": "v", "out": "o"}
+    with torch.no_grad():
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.copy_(torch.rand(64) + 0.5)
+        own.weight.copy_(torch.stack([layer.input_layernorm.weight, layer.post_attention_layernorm.weight]))
+        for name in ("query", "key", "value", "out", "gate", "up", "down"):
+            where = layer.self_attn if name in names else layer.mlp
+            getattr(own, name).weight.copy_(getattr(where, f"{names.get(name, name)}_proj").weight)
+        stock.norm = nn.Identity()
+        h = torch.randn(3, 11, 64)
+        expected = stock(inputs_embeds=h, use_cache=False).last_hidden_state
+        torch.testing.assert_close(own(h), expected, rtol=1e-4, atol=1e-5)
+        assert (own(h) - h).abs().max() > 0.1
+    ExitHeads({2: ExitHead(layer=own)}).save(tmp_path / "heads", config())
+    loaded = ExitHeads.load(tmp_path / "heads", config())[2]
+    assert loaded.translator is None and torch.equal(loaded.state(h), own(h))
+
+
+def test_decoder_layer_starts_as_the_identity_and_refuses_heads_that_do_not_fit():
+    h = torch.randn(2, 5, 64).bfloat16()
+    assert torch.equal(DecoderLayer(64, 4)(h), h)
+    for wrong in ({"heads": 5}, {"heads": 4, "key_value_heads": 3}, {"heads": 64}):
+        with pytest.raises(ValueError, match="heads must divide 64 into even parts and be a multiple"):
+            DecoderLayer(64, **wrong)
 
 
 def test_translator_computes_its_formula():

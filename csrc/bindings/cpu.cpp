@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "bindings/exit_stats.h"
@@ -11,6 +13,7 @@
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
 #include "cpu/kv_fill.h"
+#include "cpu/ragged_attention.h"
 #include "cpu/small_head.h"
 
 using namespace exeunt;
@@ -23,53 +26,186 @@ void exit_stats(const ExitStatsParams& params, int threads) {
   cpu::exit_stats(p);
 }
 
-void small_head(SmallHeadParams& p, int threads) {
-  p.threads = threads;
-  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, cpu::small_head_workspace(p)),
-                                                        std::free);
-  p.workspace = workspace.get();
-  cpu::small_head(p);
-}
-
-using Integers = std::vector<int64_t>;
-
-// `table` holds a KvLayer a layer, `places` a KvPlace, `tables` a KvRotary, or nothing.
-void kv_fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t width, int64_t heads, int64_t head_size,
-             int64_t rotary, const Integers& source, const Integers& from_layer, const Integers& batch_rows,
-             const Integers& slots, int dtype, int norm, float eps, int key_norm, float key_eps, float shift,
-             bool interleaved, uintptr_t table, uintptr_t places, const Integers& tables, int64_t until,
-             uintptr_t workspace, int threads) {
-  KvFillParams p{};
+SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,
+                                  int64_t width, const Layer& pooler, const Layer& head, uintptr_t out,
+                                  uintptr_t workspace, int threads) {
+  SmallHeadParams p{};
   p.hidden = reinterpret_cast<const void*>(hidden);
   p.hidden_dtype = static_cast<DType>(hidden_dtype);
   p.hidden_stride = hidden_stride;
-  p.rows = static_cast<int64_t>(source.size());
+  p.rows = rows;
   p.width = width;
-  p.heads = heads;
-  p.head_size = head_size;
-  p.rotary = rotary;
-  p.source = source.data();
-  p.from_layer = from_layer.data();
-  p.batch_rows = batch_rows.data();
-  p.slots = slots.data();
-  p.dtype = static_cast<DType>(dtype);
-  p.norm = static_cast<Norm>(norm);
-  p.eps = eps;
-  p.key_norm = static_cast<Norm>(key_norm);
-  p.key_eps = key_eps;
-  p.shift = shift;
-  p.interleaved = interleaved;
-  p.layers = reinterpret_cast<const KvLayer*>(table);
-  p.places = reinterpret_cast<const KvPlace*>(places);
-  p.tables = tables.empty() ? nullptr : reinterpret_cast<const KvRotary*>(tables.data());
-  p.until = until;
+  p.tokens = 1;
+  p.pooler = layer_arg(pooler);
+  p.pooled = p.pooler.outputs > 0;
+  p.head = layer_arg(head);
+  p.out = reinterpret_cast<float*>(out);
   p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
-  py::gil_scoped_release release;
-  cpu::kv_fill(p);
+  return p;
 }
 
-void saturation(const SaturationParams& p) { cpu::saturation(p); }
+void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
+                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
+                uintptr_t out, uintptr_t workspace, int threads) {
+  SmallHeadParams p =
+      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, out, workspace, threads);
+  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
+  py::gil_scoped_release release;
+  cpu::small_head(p);
+}
+
+int64_t classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int64_t tokens,
+                 int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
+                 uintptr_t logits, uintptr_t argmax, uintptr_t statistics, int measure, float threshold,
+                 uintptr_t leave, uintptr_t workspace, int threads) {
+  SmallHeadParams p =
+      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits, workspace, threads);
+  p.tokens = tokens;
+  p.token_stride = token_stride;
+  p.mask = reinterpret_cast<const uint8_t*>(mask);
+  p.mask_stride = mask_stride;
+  if (argmax) {
+    p.argmax = reinterpret_cast<int64_t*>(argmax);
+    p.top1 = reinterpret_cast<float*>(statistics);
+    p.top2 = p.top1 + rows;
+    p.sumexp = p.top2 + rows;
+    p.weighted = p.sumexp + rows;
+  }
+  p.measure = static_cast<Measure>(measure);
+  p.threshold = threshold;
+  p.leave = reinterpret_cast<uint8_t*>(leave);
+  py::gil_scoped_release release;
+  return cpu::small_head(p);
+}
+
+const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
+
+// The rows of a call and the cache they go to, as ops/kv_fill.py sends them.
+using KvRowsOf = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
+
+cpu::KvRowsArg kv_rows_arg(const KvRowsOf& rows, int64_t layers) {
+  const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows;
+  return {integers(from_layer), integers(batch_rows), integers(slots), count, layers, until, batch,
+          integers(capacities)};
+}
+
+// (address, strides...) of a tensor, in elements; address 0 means "not given".
+using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+CacheArg cache_arg(const Strided& c) {
+  const auto [data, row, head, slot] = c;
+  return {reinterpret_cast<const void*>(data), row, head, slot};
+}
+
+// `q` and `pages` have two strides; lists are addresses of int64.
+void ragged_attention(const Strided& q, const Strided& keys, const Strided& values, int dtype,
+                      const std::array<int64_t, 7>& shape, uintptr_t q_indptr, uintptr_t rows, uintptr_t kv_len,
+                      uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
+                      int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
+                      int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
+                      int threads) {
+  const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+  RaggedAttentionParams p{};
+  p.q = reinterpret_cast<const void*>(std::get<0>(q));
+  p.q_token = std::get<1>(q);
+  p.q_head = std::get<2>(q);
+  p.keys = cache_arg(keys);
+  p.values = cache_arg(values);
+  p.dtype = static_cast<DType>(dtype);
+  std::tie(p.tokens, p.heads, p.kv_heads, p.size, p.value_size, p.rows_held, p.slots) = std::tuple_cat(shape);
+  p.entries = entries;
+  p.live = live;
+  p.q_indptr = list(q_indptr);
+  p.rows = list(rows);
+  p.kv_len = list(kv_len);
+  p.kv_start = list(kv_start);
+  p.positions = list(positions);
+  p.causal = causal;
+  p.window = window;
+  p.softcap = softcap;
+  p.scale = scale;
+  p.alibi = reinterpret_cast<const float*>(alibi);
+  p.bias = reinterpret_cast<const void*>(std::get<0>(bias));
+  p.bias_token = std::get<1>(bias);
+  p.bias_head = std::get<2>(bias);
+  p.bias_key = std::get<3>(bias);
+  p.bias_dtype = static_cast<DType>(bias_dtype);
+  p.bias_keys = bias_keys;
+  p.pages = reinterpret_cast<const int32_t*>(std::get<0>(pages));
+  p.page_row = std::get<1>(pages);
+  p.page_column = std::get<2>(pages);
+  p.page_rows = page_rows;
+  p.page_columns = page_columns;
+  p.out = reinterpret_cast<void*>(out);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  const cpu::RaggedPlan plan = cpu::ragged_attention_plan(p);
+  std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, plan.workspace), std::free);
+  cpu::ragged_attention(p, plan, workspace.get());
+}
+
+// What kv_fill is told about a stack once, so that a call brings only what changes.
+class KvFill {
+ public:
+  KvFill(int64_t width, int64_t heads, int64_t head_size, int dtype, int norm, float eps, int key_norm, float key_eps,
+         float shift, bool interleaved, int64_t layers, uintptr_t table)
+      : layers_(layers) {
+    p_.width = width;
+    p_.heads = heads;
+    p_.head_size = head_size;
+    p_.dtype = static_cast<DType>(dtype);
+    p_.norm = static_cast<Norm>(norm);
+    p_.eps = eps;
+    p_.key_norm = static_cast<Norm>(key_norm);
+    p_.key_eps = key_eps;
+    p_.shift = shift;
+    p_.interleaved = interleaved;
+    p_.layers = reinterpret_cast<const KvLayer*>(table);
+  }
+
+  int64_t workspace(int64_t rows, int threads) const {
+    return cpu::kv_fill_workspace(p_.dtype, rows, p_.width, layers_, p_.head_size, threads);
+  }
+
+  // `tables` are pairs of addresses: none, one for all layers, or one a layer.
+  void fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const KvRowsOf& rows, uintptr_t places,
+            const std::vector<uintptr_t>& tables, int tables_dtype, int64_t rotary, uintptr_t workspace,
+            int threads) const {
+    const cpu::KvRowsArg arg = kv_rows_arg(rows, layers_);
+    const cpu::KvRows sorted = cpu::kv_rows(arg);
+    KvFillParams p = p_;
+    p.hidden = reinterpret_cast<const void*>(hidden);
+    p.hidden_dtype = static_cast<DType>(hidden_dtype);
+    p.hidden_stride = hidden_stride;
+    p.rows = static_cast<int64_t>(sorted.source.size());
+    p.rotary = rotary;
+    p.source = sorted.source.data();
+    p.from_layer = sorted.from_layer.data();
+    p.batch_rows = sorted.batch_rows.data();
+    p.slots = sorted.slots.data();
+    p.places = reinterpret_cast<const KvPlace*>(places);
+    p.tables = tables.empty() ? nullptr : reinterpret_cast<const KvRotary*>(tables.data());
+    p.one_table = tables.size() == 2;
+    p.tables_dtype = static_cast<DType>(tables_dtype);
+    p.until = arg.until;
+    p.workspace = reinterpret_cast<void*>(workspace);
+    p.threads = threads;
+    py::gil_scoped_release release;
+    cpu::kv_fill(p);
+  }
+
+ private:
+  KvFillParams p_{};
+  int64_t layers_;
+};
+
+void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
+                int64_t width, uintptr_t out) {
+  py::gil_scoped_release release;
+  cpu::saturation({reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), static_cast<DType>(a_dtype),
+                   static_cast<DType>(b_dtype), a_stride, b_stride, rows, width, reinterpret_cast<float*>(out)});
+}
 
 }  // namespace
 
@@ -88,19 +224,43 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"), py::arg("draws"),
       py::arg("threads"), "Bytes of workspace that exit_stats needs.");
   def_exit_stats(m, &exit_stats, py::arg("threads"));
-  def_small_head(m, &small_head, py::arg("threads"));
+  m.def("small_head", &small_head, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
+        py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
+        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("workspace"), py::arg("threads"),
+        "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
+        py::arg("width"), py::arg("tokens"), py::arg("token_stride"), py::arg("mask"), py::arg("mask_stride"),
+        py::arg("pooler"), py::arg("head"), py::arg("logits"), py::arg("argmax"), py::arg("statistics"),
+        py::arg("measure"), py::arg("threshold"), py::arg("leave"), py::arg("workspace"), py::arg("threads"),
+        "Mean over tokens, pooler, head, statistics and, with a measure, who leaves: how many rows, or -1 where a "
+        "score lies too near to the threshold; see exeunt.ops.classify.");
   m.def(
-      "kv_fill_workspace",
-      [](int dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int threads) {
-        return cpu::kv_fill_workspace(static_cast<DType>(dtype), rows, width, layers, head_size, threads);
+      "small_head_workspace",
+      [](int weight, int64_t width, int64_t pooler, int threads) {
+        return cpu::small_head_workspace(static_cast<DType>(weight), width, pooler, threads);
       },
-      py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("layers"), py::arg("head_size"), py::arg("threads"),
-      "Bytes of workspace that kv_fill needs.");
-  m.def("kv_fill", &kv_fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("width"),
-        py::arg("heads"), py::arg("head_size"), py::arg("rotary"), py::arg("source"), py::arg("from_layer"),
-        py::arg("batch_rows"), py::arg("slots"), py::arg("dtype"), py::arg("norm"), py::arg("eps"), py::arg("key_norm"),
-        py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("table"), py::arg("places"),
-        py::arg("tables"), py::arg("until"), py::arg("workspace"), py::arg("threads"),
-        "Keys and values of skipped layers; see exeunt.ops.kv_fill.");
-  def_saturation(m, &saturation);
+      py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("threads"),
+      "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
+  m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
+        py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
+        py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
+        py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
+        py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
+        py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
+  py::class_<KvFill>(m, "KvFill", "kv_fill for one stack; see exeunt.ops.kv_fill.")
+      .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int64_t, uintptr_t>(),
+           py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),
+           py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("layers"),
+           py::arg("table"))
+      .def("workspace", &KvFill::workspace, py::arg("rows"), py::arg("threads"),
+           "Bytes of workspace for up to that many rows.")
+      .def("fill", &KvFill::fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
+           py::arg("places"), py::arg("tables"), py::arg("tables_dtype"), py::arg("rotary"), py::arg("workspace"),
+           py::arg("threads"), "Check the rows, then write their keys and values.");
+  m.def(
+      "kv_fill_check", [](const KvRowsOf& rows, int64_t layers) { cpu::kv_rows(kv_rows_arg(rows, layers)); },
+      py::arg("rows"), py::arg("layers"), "Raise ValueError unless the rows have places of their own in the cache.");
+  m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
+        py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
+        "Cosine of pairs of rows; see exeunt.ops.saturation.");
 }

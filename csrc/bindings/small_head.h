@@ -1,5 +1,4 @@
-// small_head and saturation as Python calls them, the same for _cpu and _cuda up to the last arguments, which say where
-// they run.
+// small_head and saturation as _cuda takes them, and what a layer is, for _cpu too.
 #pragma once
 #include <tuple>
 

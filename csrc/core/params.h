@@ -82,16 +82,30 @@ struct ExitStatsParams {
   int32_t threads;
 };
 
-// norm -> optional pooler -> head, all logits out: heads of a few classes, and probes.
+// What a check of few classes compares with its threshold, as confidence.py has it.
+enum class Measure : int32_t { none = 0, max_prob, margin, logit_margin, neg_entropy, neg_normalized_entropy };
+
+// mean over tokens -> norm -> optional pooler -> head, all logits out: heads of a few classes, and probes.
 struct SmallHeadParams {
-  const void* hidden;  // [N, D]
+  const void* hidden;  // [N, S, D]
   DType hidden_dtype;
   int64_t hidden_stride, rows, width;
+  int64_t tokens, token_stride;  // S
+  const uint8_t* mask;           // [N, S], not 0 where a token counts, or nullptr: all do
+  int64_t mask_stride;
   NormArg norm;
   bool pooled;
   LayerArg pooler, head;  // pooler [P, D] if pooled, head [V, P or D]
   float* out;             // [N, V]
-  void* workspace;        // small_head_workspace() bytes, 64-byte aligned
+
+  int64_t* argmax;  // [N] each: statistics of the logits, or all nullptr
+  float *top1, *top2, *sumexp, *weighted;
+
+  Measure measure;  // none: nothing is decided
+  float threshold;
+  uint8_t* leave;  // [N] 1 where a row's score exceeds it
+
+  void* workspace;  // small_head_workspace() bytes, 64-byte aligned
   int32_t threads;
 };
 
@@ -117,9 +131,9 @@ struct KvPlace {
   int64_t key_row, key_head, key_slot, value_row, value_head, value_slot;
 };
 
-// Rotary tables [N, R] float32 of a layer, or null.
+// Rotary tables [N, R] of a layer, or null.
 struct KvRotary {
-  const float *cos, *sin;
+  const void *cos, *sin;
 };
 
 // Rows are sorted by from_layer: those that a layer serves come first.
@@ -140,10 +154,41 @@ struct KvFillParams {
 
   const KvLayer* layers;   // [until]
   const KvPlace* places;   // [until]
-  const KvRotary* tables;  // [until], or null: none at all
+  const KvRotary* tables;  // [until], or one for all layers, or null: none at all
+  bool one_table;
+  DType tables_dtype;
   int64_t until;
 
   void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned
+  int32_t threads;
+};
+
+// Keys or values of a cache [B, Hkv, S, D], or [P, Hkv, page, D] with pages; strides in elements, unit along D.
+struct CacheArg {
+  const void* data;
+  int64_t row, head, slot;
+};
+
+struct RaggedAttentionParams {
+  const void* q;  // [T, Hq, Dh]
+  int64_t q_token, q_head;
+  CacheArg keys, values;
+  DType dtype;                                        // of q, keys, values and out
+  int64_t tokens, heads, kv_heads, size, value_size;  // T, Hq, Hkv, Dh, Dv
+  int64_t rows_held, slots;                           // B and S, or P and the keys of a page
+  int64_t entries, live;                              // R, and how many of them are active
+  const int64_t *q_indptr, *rows, *kv_len;            // [R + 1], [R], [R]
+  const int64_t *kv_start, *positions;                // [R], [T], or null
+  bool causal;
+  int64_t window;        // 0: none
+  float softcap, scale;  // softcap 0: none
+  const float* alibi;    // [Hq] or null
+  const void* bias;      // [T, Hq, bias_keys] or null
+  DType bias_dtype;
+  int64_t bias_token, bias_head, bias_key, bias_keys;
+  const int32_t* pages;                                    // [page_rows, page_columns] or null
+  int64_t page_rows, page_columns, page_row, page_column;  // the last two: strides
+  void* out;                                               // [T, Hq, Dv]
   int32_t threads;
 };
 

@@ -51,8 +51,16 @@ bool has_amx() {
 
 #endif
 
-#define EXEUNT_ISA_OF(isa) \
-  {#isa, isa::rows_bytes, isa::pack_row, isa::exit_stats_chunk, isa::linear_rows, isa::kv_fill_pack, isa::kv_fill_head}
+#define EXEUNT_ISA_OF(isa)     \
+  {#isa,                       \
+   isa::rows_bytes,            \
+   isa::pack_row,              \
+   isa::exit_stats_chunk,      \
+   isa::linear_rows,           \
+   isa::kv_fill_pack,          \
+   isa::kv_fill_head,          \
+   isa::ragged_attention_task, \
+   isa::ragged_attention_merge}
 constexpr Isa kBaseline = EXEUNT_ISA_OF(baseline);
 #if defined(__x86_64__)
 constexpr Isa kAvx2 = EXEUNT_ISA_OF(avx2), kAvx512 = EXEUNT_ISA_OF(avx512), kAvx512Bf16 = EXEUNT_ISA_OF(avx512_bf16),

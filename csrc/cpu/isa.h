@@ -14,6 +14,8 @@ struct Isa {
   LinearRows linear_rows;
   KvFillPack kv_fill_pack;
   KvFillHead kv_fill_head;
+  RaggedAttentionTask ragged_attention_task;
+  RaggedAttentionMerge ragged_attention_merge;
 };
 
 const Isa& selected_isa();

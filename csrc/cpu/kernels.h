@@ -5,6 +5,7 @@
 #include "core/candidates.h"
 #include "core/exit_stats.h"
 #include "core/params.h"
+#include "cpu/ragged_tile.h"
 
 namespace exeunt::cpu {
 
@@ -74,15 +75,25 @@ using KvFillPack = void (*)(const KvFillParams& p, const KvLayer& layer, const d
                             PackedRows x);
 using KvFillHead = void (*)(const KvHeadArgs&);
 
-#define EXEUNT_DECLARE_KERNELS(isa)                                                                             \
-  namespace isa {                                                                                               \
-  int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                                               \
-  void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);                       \
-  void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                        \
-  void linear_rows(const LinearArgs& args);                                                                     \
-  void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n, \
-                    PackedRows x);                                                                              \
-  void kv_fill_head(const KvHeadArgs& args);                                                                    \
+// ragged_attention_task   one task; scratch: RaggedScratch. Its result goes to `partial`, or to out where that is null
+// ragged_attention_merge  the results of a tile's tasks, in order, to out
+using RaggedAttentionTask = void (*)(const RaggedAttentionParams& p, const RaggedTask& task, float* scratch,
+                                     float* partial);
+using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const RaggedTask* tasks, int64_t count,
+                                      float* partials);
+
+#define EXEUNT_DECLARE_KERNELS(isa)                                                                                   \
+  namespace isa {                                                                                                     \
+  int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                                                     \
+  void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);                             \
+  void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                              \
+  void linear_rows(const LinearArgs& args);                                                                           \
+  void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n,       \
+                    PackedRows x);                                                                                    \
+  void kv_fill_head(const KvHeadArgs& args);                                                                          \
+  void ragged_attention_task(const RaggedAttentionParams& p, const RaggedTask& task, float* scratch, float* partial); \
+  void ragged_attention_merge(const RaggedAttentionParams& p, const RaggedTask* tasks, int64_t count,                 \
+                              float* partials);                                                                       \
   }
 EXEUNT_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)

@@ -12,6 +12,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -30,7 +32,8 @@ struct Layout {
     layer_bytes = round_up(selected_isa().rows_bytes(dtype, rows, width), 64);
     group = std::clamp<int64_t>(kPacked / std::max<int64_t>(layer_bytes, 1), 1, std::max<int64_t>(layers, 1));
     packed = round_up(rows * width * static_cast<int64_t>(sizeof(double)), 64);
-    scale = packed + group * layer_bytes;
+    // Room for the group; in this form fewer rows or layers never need more, which kv_fill_workspace promises.
+    scale = packed + std::min(std::max<int64_t>(layers, 1) * layer_bytes, std::max(kPacked, layer_bytes));
     thread = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     panel_bytes = 16 * round_up(width * element_bytes(dtype), 64) + 64;
     head_bytes = kBlockRows * round_up(head_size, 16) * static_cast<int64_t>(sizeof(float));
@@ -44,6 +47,40 @@ const char* head_of(const KvLayer& layer, bool keys, int64_t head) {
 }
 
 }  // namespace
+
+KvRows kv_rows(const KvRowsArg& arg) {
+  const auto refuse = [](const std::string& sentence) { throw std::invalid_argument("kv_fill: " + sentence); };
+  std::vector<int64_t> order;
+  for (int64_t n = 0; n < arg.count; ++n) {
+    if (arg.from_layer[n] < 0 || arg.from_layer[n] > arg.layers)
+      refuse("from_layer must lie in 0.." + std::to_string(arg.layers) + ", got " + std::to_string(arg.from_layer[n]));
+    if (arg.slots[n] >= 0 && arg.from_layer[n] < arg.until) order.push_back(n);
+  }
+  const auto by = [&](auto key) {
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(a) < key(b); });
+  };
+  const auto place = [&](int64_t n) { return std::tuple(arg.batch_rows[n], arg.slots[n]); };
+  by(place);
+  const auto twice =
+      std::adjacent_find(order.begin(), order.end(), [&](int64_t a, int64_t b) { return place(a) == place(b); });
+  if (twice != order.end())
+    refuse("expected each (row, slot) of the cache at most once, got row " + std::to_string(arg.batch_rows[*twice]) +
+           ", slot " + std::to_string(arg.slots[*twice]) + " twice");
+  by([&](int64_t n) { return std::tuple(arg.from_layer[n], n); });
+  if (order.empty()) return {};
+  const int64_t room = *std::min_element(arg.capacities + arg.from_layer[order[0]], arg.capacities + arg.until);
+  KvRows rows;
+  for (int64_t n : order) {
+    if (arg.batch_rows[n] < 0 || arg.batch_rows[n] >= arg.batch || arg.slots[n] >= room)
+      refuse("expected places within a cache of " + std::to_string(arg.batch) + " rows by " + std::to_string(room) +
+             " slots, got row " + std::to_string(arg.batch_rows[n]) + ", slot " + std::to_string(arg.slots[n]));
+    rows.source.push_back(n);
+    rows.from_layer.push_back(arg.from_layer[n]);
+    rows.batch_rows.push_back(arg.batch_rows[n]);
+    rows.slots.push_back(arg.slots[n]);
+  }
+  return rows;
+}
 
 int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size,
                           int32_t threads) {
@@ -68,7 +105,7 @@ void kv_fill(const KvFillParams& p) {
   const int threads = work * static_cast<double>(p.head_size) < kSerialWork ? 1 : std::max(1, p.threads);
   const int64_t units = 2 * p.heads;  // of a layer: its heads' keys, then their values
   // A thread takes several in a row, since it fetches the next one ahead; yet enough runs that slow threads take fewer.
-  const int64_t run = std::clamp<int64_t>((p.until - first) * units / (8 * threads), 1, units);
+  const int64_t run = std::clamp<int64_t>((p.until - first) * units / (32 * threads), 1, units);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -94,9 +131,9 @@ void kv_fill(const KvFillParams& p) {
         };
         const auto [layer, keys, h] = unit(i);
         const auto [next_layer, next_keys, next_head] = unit(std::min(i + 1, (end - begin) * units - 1));
-        isa.kv_fill_head({&p, p.layers + layer, p.places + layer, p.tables ? p.tables[layer] : KvRotary{}, h, keys,
-                          packed_rows(layer), rows_of(layer), head_of(p.layers[next_layer], next_keys, next_head),
-                          panel, head});
+        isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
+                          p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed_rows(layer),
+                          rows_of(layer), head_of(p.layers[next_layer], next_keys, next_head), panel, head});
       }
     }
   }

@@ -30,11 +30,12 @@ EXEUNT_INLINE void normalise_head(float* z, const KvFillParams& p, const KvLayer
 }
 
 // z[a] * cos[a] + partner * sin[a]; a pair is half the table apart, or side by side.
-EXEUNT_INLINE void rotate(float* z, const float* cos, const float* sin, int64_t size, bool interleaved) {
+template <class T>
+EXEUNT_INLINE void rotate(float* z, const T* cos, const T* sin, int64_t size, bool interleaved) {
   const auto turn = [&](int64_t a, int64_t b) __attribute__((always_inline)) {
     const float x = z[a], y = z[b];
-    z[a] = x * cos[a] - y * sin[a];
-    z[b] = y * cos[b] + x * sin[b];
+    z[a] = x * to_float(cos[a]) - y * to_float(sin[a]);
+    z[b] = y * to_float(cos[b]) + x * to_float(sin[b]);
   };
   if (interleaved)
     for (int64_t a = 0; a < size; a += 2) turn(a, a + 1);
@@ -110,8 +111,10 @@ void kv_fill_head(const KvHeadArgs& a) {
         for (int64_t d = 0; d < p.head_size; ++d) z[d] += value_at(bias, p.dtype, bias_at + d);
       if (a.keys && p.key_norm != Norm::none) normalise_head(z, p, layer, a.head);
       if (a.keys && a.rotary.cos) {
-        const int64_t table = p.source[n] * p.rotary;
-        rotate(z, a.rotary.cos + table, a.rotary.sin + table, p.rotary, p.interleaved);
+        const int64_t at = p.source[n] * p.rotary;
+        typed(a.rotary.cos, p.tables_dtype, [&](auto* cos) {
+          rotate(z, cos + at, static_cast<decltype(cos)>(a.rotary.sin) + at, p.rotary, p.interleaved);
+        });
       }
       const int64_t to = p.batch_rows[n] * out_row + p.slots[n] * out_slot + out_head;
       store_row(out, p.dtype, to, z, p.head_size);

@@ -2,6 +2,8 @@
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg); next tile fetched ahead
 //   hidden rows      packed once in the form that the weight's dtype and the ISA want: a Kind below
+//   block of D       some lines of a tile at a time meet all hidden rows, so that they are read from L1 but once from
+//                    beyond; a wide tile as it lies is copied side by side first (its rows share sets of L1)
 //   registers        R x C sums, R hidden rows by C weight rows, R * C = kSums; lanes run along D. One or two hidden
 //                    rows wait for memory alone, which is fastest read in one stream: where the weight is not packed,
 //                    as few of its rows at a time as keep the adders busy
@@ -31,9 +33,12 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int kSums = kLanes == 16 ? 16 : 8;     // accumulators in registers; a multiple of kLanes
-constexpr int kMaxGroup = kLanes == 16 ? 8 : 4;  // hidden rows that share one load of the weight
-constexpr int64_t kBlock = 2048;                 // bytes of a hidden row per block of D: a group's rows stay in L1
+constexpr int kSums = kLanes == 16 ? 16 : 8;  // accumulators in registers; a multiple of kLanes
+constexpr int kMaxGroup = 4;                  // hidden rows that share one load of the weight
+// Measured, on 48 KB of L1: a block of D, with the hidden rows' part and the sums that wait, stays there.
+constexpr int64_t kFewRows = 16, kFewLines = 8, kManyLines = 12;  // lines of a block, up to so many rows and beyond
+constexpr int64_t kAhead = 12 * kTile * kLine;                    // bytes that a packed weight is fetched ahead
+constexpr int64_t kTileInL1 = 32, kCopyRows = 8;                  // beyond so many lines, from so many rows on: copy
 
 // ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
 
@@ -250,48 +255,59 @@ constexpr int in_order() {
   return R <= 2 && kBusy < kMost ? kBusy : kMost;
 }
 
-// z[r][i] = row i of the tile . hidden row r, for R rows. Wide rows go in blocks of D; between two blocks the sums wait
-// in `wait`, still spread over lanes, so the chain of each pair stays one. Meanwhile the next tile is fetched in
-// the order of its addresses, by each of `shares` groups a part, so that memory is busy all the time.
+// What will be read later, line by line in the order of its addresses, a part of it in each of `shares` passes.
+struct Fetch {
+  const char* at;
+  int shares, due = 0;
+  template <int Lines>
+  __attribute__((always_inline)) void step() {
+    if (++due < shares) return;
+    due = 0;
+    for (int i = 0; i < Lines; ++i, at += kLine) __builtin_prefetch(at, 0, 3);
+  }
+};
+
+// A block of D of a tile: `lines` lines of its rows, as they lie or copied side by side.
+struct Block {
+  const char* data;
+  int64_t row_stride, line_stride, lines;
+  bool first, last;
+};
+
+// Adds the products of R hidden rows with all rows of a block to the sums in `wait`, still spread over lanes, so the
+// chain of each pair stays one. After the last block z[r][i] = row i of the tile . hidden row r.
 template <class K, int R, int C>
-EXEUNT_INLINE void group(const Tile& tile, const char* x, int64_t x_stride, int shares, int& due, const char*& next,
-                         float (*z)[kTile]) {
+EXEUNT_INLINE void add_block(const Block& block, const char* x, int64_t x_stride, Fetch& fetch,
+                             typename K::Sum (*wait)[kTile], float (*z)[kTile]) {
   using Sum = typename K::Sum;
   constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
-  const int64_t block = R <= 2 ? tile.lines : kBlock / kLineOfRow;
-  alignas(64) Sum wait[R][kTile];
-  for (int64_t begin = 0; begin < tile.lines; begin += block) {
-    const int64_t end = begin + block < tile.lines ? begin + block : tile.lines;
-    for (int c = 0; c < kTile; c += C) {
-      Sum sum[R][C] = {};
-      if (begin > 0)
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < C; ++i) sum[r][i] = wait[r][c + i];
-      const char* w = tile.data + c * tile.row_stride;
-      for (int64_t l = begin; l < end; ++l) {
-        if (++due == shares) {
-          due = 0;
-          for (int i = 0; i < C; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
-        }
-        add_line<K>(w + l * tile.line_stride, tile.row_stride, x + l * kLineOfRow, x_stride, sum);
-      }
-      if (R * C < kSums || end < tile.lines) {
-        for (int r = 0; r < R; ++r)
-          for (int i = 0; i < C; ++i) wait[r][c + i] = sum[r][i];
-        continue;
-      }
-      alignas(64) float out[R][C];
-      for (int i = 0; i < R * C / kLanes * kLanes; i += kLanes) {
-        const Sum sums = sum_each(&sum[0][0] + i);
-        __builtin_memcpy(&out[0][0] + i, &sums, sizeof sums);
-      }
-      for (int r = 0; r < R; ++r) __builtin_memcpy(z[r] + c, out[r], sizeof out[r]);
+  for (int c = 0; c < kTile; c += C) {
+    Sum sum[R][C] = {};
+    if (!block.first)
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < C; ++i) sum[r][i] = wait[r][c + i];
+    const char* w = block.data + c * block.row_stride;
+    for (int64_t l = 0; l < block.lines; ++l) {
+      fetch.step<C>();
+      add_line<K>(w + l * block.line_stride, block.row_stride, x + l * kLineOfRow, x_stride, sum);
     }
+    if (R * C < kSums || !block.last) {
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < C; ++i) wait[r][c + i] = sum[r][i];
+      continue;
+    }
+    alignas(64) float out[R][C];
+    for (int i = 0; i < R * C / kLanes * kLanes; i += kLanes) {
+      const Sum sums = sum_each(&sum[0][0] + i);
+      __builtin_memcpy(&out[0][0] + i, &sums, sizeof sums);
+    }
+    for (int r = 0; r < R; ++r) __builtin_memcpy(z[r] + c, out[r], sizeof out[r]);
   }
-  for (int i = 0; R * C < kSums && i < R * kTile; i += kLanes) {
-    const Sum sums = sum_each(&wait[0][0] + i);
-    __builtin_memcpy(&z[0][0] + i, &sums, sizeof sums);
-  }
+  if (R * C < kSums && block.last)
+    for (int i = 0; i < R * kTile; i += kLanes) {
+      const Sum sums = sum_each(&wait[0][0] + i);
+      __builtin_memcpy(&z[0][0] + i, &sums, sizeof sums);
+    }
 }
 
 template <class K>
@@ -314,34 +330,54 @@ struct VectorProduct {
   }
 
   static void run(const Tile& tile, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
-    const int64_t step = stride(tile.lines);
+    constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
+    const int64_t step = stride(tile.lines), total = rows * K::kPlanes;
     const char* data = x.data + first * K::kPlanes * step;
-    const RowScale* scale = x.scale + first;
-    const int64_t total = rows * K::kPlanes;
-    const int shares = total < kMaxGroup ? 1 : static_cast<int>(total / kMaxGroup);
-    alignas(64) float z[kMaxGroup][kTile];
-    int64_t done = 0;
-    int due = 0;
-    const char* next = tile.next;
-    const auto take = [&](auto size) __attribute__((always_inline)) {
-      constexpr int R = decltype(size)::value;
-      const auto go = [&](auto rows) __attribute__((always_inline)) {
-        group<K, R, decltype(rows)::value>(tile, data + done * step, step, shares, due, next, z);
-      };
-      if (tile.line_stride == kLine)
-        go(std::integral_constant<int, in_order<K, R>()>());
-      else
-        go(std::integral_constant<int, kSums / R>());
-      for (int r = 0; r < R; r += K::kPlanes, done += K::kPlanes) {
-        const int64_t row = done / K::kPlanes;
-        K::finish(z[r], scale[row], tile);
-        epilogue.call(epilogue.self, row, z[r]);
+    const bool few = total <= 2, as_it_lies = tile.line_stride == kLine;
+    const int64_t most = few ? tile.lines : total <= kFewRows ? kFewLines : kManyLines;
+    const bool copy = as_it_lies && total >= kCopyRows && tile.lines > kTileInL1;
+    // What is read in the order of its addresses (packed, or for few rows) comes into L1; else the next tile comes
+    // closer.
+    const bool ordered = !as_it_lies || (few && tile.row_stride == tile.lines * kLine);
+    const bool goes_on = tile.next == tile.data + tile.lines * kTile * kLine;
+    Fetch fetch{ordered && goes_on ? tile.data + kAhead : tile.next,
+                static_cast<int>(total / kMaxGroup + total % kMaxGroup / 2 + total % 2)};
+    alignas(64) typename K::Sum wait[kMaxRows][kTile];
+    alignas(64) float z[kMaxRows][kTile];
+    alignas(64) char side[kManyLines * kTile * kLine];
+    for (int64_t begin = 0; begin < tile.lines; begin += most) {
+      const int64_t lines = begin + most < tile.lines ? most : tile.lines - begin;
+      Block block{tile.data + begin * tile.line_stride, tile.row_stride, tile.line_stride, lines, begin == 0,
+                  begin + lines == tile.lines};
+      if (copy) {
+        for (int i = 0; i < kTile; ++i)
+          for (int64_t l = 0; l < lines; ++l)
+            __builtin_memcpy(side + (l * kTile + i) * kLine, block.data + i * tile.row_stride + l * kLine, kLine);
+        block.data = side;
+        block.row_stride = kLine;
+        block.line_stride = kTile * kLine;
       }
-    };
-    while (total - done >= kMaxGroup) take(std::integral_constant<int, kMaxGroup>());
-    if (kMaxGroup > 4 && total - done >= 4) take(std::integral_constant<int, 4>());
-    if (total - done >= 2) take(std::integral_constant<int, 2>());
-    if (K::kPlanes == 1 && total > done) take(std::integral_constant<int, K::kPlanes>());
+      int64_t done = 0;
+      const auto take = [&](auto size) __attribute__((always_inline)) {
+        constexpr int R = decltype(size)::value;
+        const auto go = [&](auto columns) __attribute__((always_inline)) {
+          add_block<K, R, decltype(columns)::value>(block, data + done * step + begin * kLineOfRow, step, fetch,
+                                                    wait + done, z + done);
+        };
+        if (few && as_it_lies)
+          go(std::integral_constant<int, in_order<K, R>()>());
+        else
+          go(std::integral_constant<int, kSums / R>());
+        done += R;
+      };
+      while (total - done >= kMaxGroup) take(std::integral_constant<int, kMaxGroup>());
+      if (total - done >= 2) take(std::integral_constant<int, 2>());
+      if (K::kPlanes == 1 && total > done) take(std::integral_constant<int, K::kPlanes>());
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      K::finish(z[r * K::kPlanes], x.scale[first + r], tile);
+      epilogue.call(epilogue.self, r, z[r * K::kPlanes]);
+    }
   }
 };
 

@@ -5,8 +5,11 @@
 
 namespace exeunt::cpu {
 
-int64_t small_head_workspace(const SmallHeadParams& p);
-void small_head(const SmallHeadParams& p);
+// Bytes for heads of weights of that dtype; pooler is 0 without one.
+int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int threads);
+
+// Rows that leave; -1 if a score lies too near to the threshold to be told from it.
+int64_t small_head(const SmallHeadParams& p);
 void saturation(const SaturationParams& p);
 
 }  // namespace exeunt::cpu

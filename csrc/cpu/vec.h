@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/dtype.h"
+
 namespace exeunt::cpu::EXEUNT_ISA {
 
 #if defined(__AVX512F__)
@@ -40,6 +42,27 @@ EXEUNT_INLINE Vec load(const float* p) {
 }
 
 EXEUNT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+EXEUNT_INLINE Vec load(const BFloat16* p) {
+  uint16_t __attribute__((vector_size(kLanes * 2))) narrow;
+  __builtin_memcpy(&narrow, p, sizeof narrow);
+  return bits<Vec>(__builtin_convertvector(narrow, UVec) << 16);
+}
+
+EXEUNT_INLINE Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  uint16_t __attribute__((vector_size(kLanes * 2))) narrow;
+  __builtin_memcpy(&narrow, p, sizeof narrow);
+  const UVec half = __builtin_convertvector(narrow, UVec);
+  const UVec sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
+  const UVec finite = bits<UVec>(bits<Vec>(rest) * 0x1p112f);
+  return bits<Vec>(sign | (rest >= (0x7c00u << 13) ? rest | 0x7f800000u : finite));
+#endif
+}
 
 // Tell the compiler that v is better loaded once than read from memory by each instruction that uses it.
 template <class V>
@@ -102,6 +125,35 @@ EXEUNT_INLINE V sum_each(V* v) {
     return sum_each<Count / 2>(v);
   }
   return v[0];
+}
+
+// v[0..kLanes) with lanes l and l + Block / 2 of each block exchanged.
+template <int Block, class V, int... I>
+EXEUNT_INLINE V swap_halves(V v, std::integer_sequence<int, I...>) {
+  return shuffle<(I ^ (Block / 2))...>(v, v);
+}
+
+// One value out of all lanes by a commutative `op`, always in the same order; it is in every lane of the result.
+template <int Block = kLanes, class Op>
+EXEUNT_INLINE Vec across(Vec v, Op op) {
+  if constexpr (Block > 1)
+    return across<Block / 2>(op(v, swap_halves<Block>(v, std::make_integer_sequence<int, kLanes>())), op);
+  return v;
+}
+
+// v[i][j] -> v[j][i]
+template <int Block = kLanes, class V>
+EXEUNT_INLINE void transpose(V* v) {
+  if constexpr (Block > 1) {
+    for (int start = 0; start < kLanes; start += Block)
+      for (int i = start; i < start + Block / 2; ++i) {
+        const V low = take_halves<Block, 0>(v[i], v[i + Block / 2]),
+                high = take_halves<Block, 1>(v[i], v[i + Block / 2]);
+        v[i] = low;
+        v[i + Block / 2] = high;
+      }
+    transpose<Block / 2>(v);
+  }
 }
 
 // e^x for x in [-87, 88], relative error below 2^-22.5: x = n ln2 + r with |r| <= ln2 / 2, then a polynomial in r.

@@ -19,6 +19,7 @@ from exeunt import (
 )
 from exeunt.attach import Attached, attach
 from exeunt.cascade import Cascade
+from exeunt.models import register_attention
 from exeunt.pipeline import pipeline
 from exeunt.report import Report
 from exeunt.stats import ExitStats
@@ -40,6 +41,7 @@ __all__ = [
     "policies",
     "recipes",
     "reference",
+    "register_attention",
     "replay",
     "states",
 ]

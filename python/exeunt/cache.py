@@ -1,129 +1,17 @@
-"""The generation's state, kept where the generation keeps everything else: in its cache."""
+"""Cache layers that append in place, row by row, and that carry the generation's state."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from exeunt.generation import GenerationState, Skipped, Token
 from exeunt.models import KeyValues, LayerCall
-from exeunt.ops import KVCache
-from exeunt.policies import Position
 
-__all__ = ["ExitCacheLayer", "GenerationState", "Skipped", "Token", "adopt"]
-
-
-@dataclass(eq=False)
-class Token:
-    """A token of the batch whose rows skipped layers.
-
-    Attributes
-    ----------
-    slot : int
-        Its place in the cache.
-    depth : Tensor
-        [B] int64: the layer after which each row of its decoding step left.
-    origin : Tensor or None
-        [B] int64: the row of the decoding step that each row of the cache comes from; None while rows have not moved.
-    """
-
-    slot: int
-    depth: Tensor
-    origin: Tensor | None = None
-
-    def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the step's ``rows`` [n]: where they are in the cache now, and which row of the step each of these was."""
-        if self.origin is None:
-            return rows, rows
-        now = torch.isin(self.origin, rows).nonzero().flatten()
-        return now, self.origin[now]
-
-
-class Skipped(NamedTuple):
-    """A layer that owes its cache keys and values: for ``token``, in the step's ``rows``, as ``call`` gives them."""
-
-    token: Token
-    call: LayerCall
-    rows: Tensor
-
-
-@dataclass
-class GenerationState:
-    """What one generation remembers between steps, beside keys and values.
-
-    Attributes
-    ----------
-    stop_ids : Tensor or None
-        Token ids that end a row; None where nobody said, or where beams decide what ends.
-    max_length : int or None
-        Prompt and new tokens together, as ``generate`` bounds them.
-    full_depth : bool
-        No exits at all (assisted decoding checks its drafts at full depth).
-    prompt_length : int
-        Cache length after the last forward of more than one token.
-    exited : bool
-        Whether a token has left early since then. Until one has, the generation runs as the stock model does, to the
-        bit: rows that have ended stay in the batch too, since products round differently in a smaller one.
-    finished : Tensor or None
-        [B] bool, rows that were fed one of ``stop_ids``.
-    pending : dict
-        By cache layer: what it still owes. The layer settles it before anything reads its keys and values.
-    fill : callable or None
-        ``fill([(call, rows), ...]) -> KeyValues``: the state strategy's keys and values of one layer, flat over all
-        the rows of all the calls.
-    owner : weakref or None
-        The model that fills the cache.
-    table : KVCache or None
-        Where all layers hold their keys and values; None once one of them has moved.
-    """
-
-    stop_ids: Tensor | None = None
-    max_length: int | None = None
-    full_depth: bool = False
-    prompt_length: int = 0
-    exited: bool = False
-    finished: Tensor | None = None
-    pending: dict[int, list[Skipped]] = field(default_factory=dict)
-    fill: Callable[[list[tuple[LayerCall, Tensor]]], KeyValues] | None = None
-    owner: weakref.ref[Any] | None = None
-    table: KVCache | None = None
-
-    def begin_prompt(self, length: int) -> None:
-        """A forward of several tokens ends with ``length`` tokens in the cache."""
-        self.prompt_length, self.exited, self.finished = length, False, None
-
-    def feed(self, ids: Tensor | None) -> None:
-        """Rows that are fed ``ids`` [B, 1] are finished if that ends them; None: not known, nothing changes."""
-        if ids is None or self.stop_ids is None:
-            return
-        ended = torch.isin(ids[:, 0], self.stop_ids.to(ids.device))
-        self.finished = ended if self.finished is None else self.finished | ended
-
-    def position(self, length: int) -> Position:
-        """Position of the token decoded while the cache holds ``length`` tokens."""
-        limit = None if self.max_length is None else max(self.max_length - self.prompt_length, 1)
-        return Position(length - self.prompt_length + 1, limit)
-
-    @property
-    def waiting(self) -> int:
-        """Tokens that some layer still owes keys and values for."""
-        return max(map(len, self.pending.values()), default=0)
-
-    def pick(self, rows: Tensor) -> None:
-        """The cache's row b becomes what row ``rows[b]`` was."""
-        if self.finished is not None:
-            self.finished = self.finished[rows.to(self.finished.device)]
-        for token in {skipped.token for owed in self.pending.values() for skipped in owed}:
-            token.origin = rows if token.origin is None else token.origin[rows]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State of a copy: whoever continues it says anew for which model, and how layers are filled in."""
-        return {**vars(self), "pending": {}, "fill": None, "owner": None, "table": None}
+__all__ = ["ExitCacheLayer", "adopt"]
 
 
 class ExitCacheLayer(DynamicLayer):
@@ -158,6 +46,7 @@ class ExitCacheLayer(DynamicLayer):
     length = 0
     _keys: Tensor | None = None  # [B, Hkv, capacity, Dh], zero from `length` on if our own
     _values: Tensor | None = None
+    _absent: Tensor | None = None  # [B, <= length] bool: tokens that the layer has not seen and never will
     _own = False  # allocated here: nobody else writes to it, and there may be room behind `length`
 
     @property
@@ -200,7 +89,7 @@ class ExitCacheLayer(DynamicLayer):
         if not self.length:
             self.lazy_initialization(key_states, value_states)
         state = self.state
-        if state is not None and state.pending:
+        if state is not None and state.owes(self.index):
             self.settle()
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)  # autograd is for tensors, not for room
@@ -237,6 +126,9 @@ class ExitCacheLayer(DynamicLayer):
         """Forget keys, values and the generation."""
         if self.state is not None:
             self.state.pending.pop(self.index, None)
+            if self.state.deferred is not None:
+                self.state.deferred.clear()
+        self._absent = None
         super().reset()
         if self.state is not None and self.index == 0:
             self.state.begin_prompt(0)
@@ -248,20 +140,73 @@ class ExitCacheLayer(DynamicLayer):
     # ---- what a decoding step asks of it
 
     @torch.no_grad()
-    def append(self, own: KeyValues, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, own: KeyValues, rows: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
         """Append one token for ``rows`` [n] only; the other rows' places are left zero.
 
-        Returns all the keys and values of these rows, [n, Hkv, length, Dh].
+        Returns all the keys and values of these rows, [n, Hkv, length, Dh]; without ``gather`` those of the whole batch
+        as they lie.
         """
-        self.settle()
+        if self.state is not None and self.index in self.state.pending:
+            self.settle()
         self._reserve(self.length + 1)
         self._check(own, len(rows))
         assert self._keys is not None and self._values is not None
         self._keys.select(2, self.length).index_copy_(0, rows, own.keys[:, :, 0])
         self._values.select(2, self.length).index_copy_(0, rows, own.values[:, :, 0])
         self.length += 1
-        keys, values = (t.narrow(2, 0, self.length).index_select(0, rows) for t in (self._keys, self._values))
+        keys, values = self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
+        return (keys.index_select(0, rows), values.index_select(0, rows)) if gather else (keys, values)
+
+    @torch.no_grad()
+    def append_at(self, own: KeyValues, rows: Tensor, slots: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
+        """Write tokens of ``rows`` [n] at ``slots`` [n], of which the last is the latest.
+
+        Returns the keys and values that each of them attends to, [n, Hkv, K, Dh], aligned at their end: the last is the
+        token's own. What stands before the first token of a row is some token's; masks hide it. Without ``gather``
+        those of the whole batch, as they lie.
+        """
+        length = int(slots[-1]) + 1
+        self._reserve(max(length, self.length))
+        self._check(own, len(rows))
+        assert self._keys is not None and self._values is not None
+        self._keys[rows, :, slots] = own.keys[:, :, 0]
+        self._values[rows, :, slots] = own.values[:, :, 0]
+        self.length = max(length, self.length)
+        if not gather:
+            return self._keys.narrow(2, 0, self.length), self._values.narrow(2, 0, self.length)
+        seen = self.seen(length)
+        at = slots[:, None] + torch.arange(1 - seen, 1, device=slots.device)
+        at.clamp_(min=0)
+        keys, values = (t[rows[:, None], :, at].transpose(1, 2) for t in (self._keys, self._values))
         return keys, values
+
+    def seen(self, length: int) -> int:
+        """How many keys the last of ``length`` tokens attends to, itself included."""
+        return length
+
+    def pass_by(self, slot: int) -> None:
+        """A token passes without leaving keys and values here, in some or all rows; its place stays zero."""
+        self._reserve(slot + 1)
+        self.length = slot + 1
+
+    def evict(self, slot: int, rows: Tensor) -> None:
+        """``rows`` [n] of the token at ``slot`` leave no keys and values here: no later token sees them."""
+        self.pass_by(slot)
+        assert self._keys is not None
+        held = self._absent
+        absent = torch.zeros(self._keys.shape[0], self.length, dtype=torch.bool, device=rows.device)
+        if held is not None:
+            absent[:, : held.shape[1]] = held
+        absent[rows, slot] = True
+        self._absent = absent
+
+    def absent(self, new: int) -> Tensor | None:
+        """[B, K] bool of the keys that a forward of ``new`` more tokens is given: which of them it must not see."""
+        if self._absent is None:
+            return None
+        missing = self.length + new - self._absent.shape[1]
+        absent = torch.nn.functional.pad(self._absent, (0, missing))
+        return absent[:, absent.shape[1] - (self.seen(self.length + 1) + new - 1) :]
 
     def owe(self, token: Token, call: LayerCall, rows: Tensor) -> None:
         """``rows`` [n] of a token skip this layer: :meth:`settle` will write their keys and values."""
@@ -272,7 +217,11 @@ class ExitCacheLayer(DynamicLayer):
     @torch.no_grad()
     def settle(self) -> None:
         """Write the keys and values that this layer owes, for all tokens at once."""
-        if self.state is None or self.index not in self.state.pending:
+        if self.state is None:
+            return
+        if self.state.deferred is not None:
+            self.state.deferred.flush()
+        if self.index not in self.state.pending:
             return
         owed = self.state.pending[self.index]
         self.reserve()
@@ -308,6 +257,8 @@ class ExitCacheLayer(DynamicLayer):
         self._keys, self._values = keys, values
         self._moved()
         self.length = 0 if keys is None or keys.dim() < 4 else keys.shape[2]
+        if self._absent is not None:
+            self._absent = self._absent[:, : self.length]
 
     def _check(self, own: KeyValues, rows: int) -> None:
         """Raise ValueError unless these are this layer's keys and values, one token for each of ``rows``."""
@@ -330,6 +281,8 @@ class ExitCacheLayer(DynamicLayer):
     def _pick(self, rows: Tensor) -> None:
         if self.state is not None and self.index == 0:
             self.state.pick(rows)
+        if self._absent is not None:
+            self._absent = self._absent[rows.to(self._absent.device)]
         if self._keys is not None and self.length:
             self._move(rows.to(self._keys.device), self._keys.shape[2])
 

@@ -190,6 +190,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--objective", default="kl + probe", metavar="TERMS", help="what to make small (kl + probe)")
     train.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="for the result and what leads to it")
     train.add_argument("--train", default="heads", metavar="WHAT", help="heads, last-K (layers) or all (heads)")
+    train.add_argument(
+        "--head", default="translator", metavar="KIND", help="of an exit: translator or layer (translator)"
+    )
+    train.add_argument(
+        "--sample",
+        type=terminal.positive,
+        metavar="N",
+        help="tokens of the vocabulary read in a step beside likely ones (all)",
+    )
     train.add_argument("--steps", type=terminal.positive, default=1500, metavar="N", help="training steps (1500)")
     train.add_argument("--batch", type=terminal.positive, default=512, metavar="N", help="tokens of a step (512)")
     train.add_argument(
@@ -306,6 +315,8 @@ def _train(args: argparse.Namespace) -> None:
                 args.out,
                 held_out={"held_out": held_out},
                 which=args.train,
+                head=args.head,
+                sample=args.sample,
                 steps=args.steps,
                 batch=args.batch,
                 learning_rate=args.learning_rate,

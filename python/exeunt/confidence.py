@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from exeunt import ops
+from exeunt.candidates import Candidates, features
 from exeunt.stats import ExitStats
 
 if TYPE_CHECKING:
     from exeunt.heads import ExitHead
 
-__all__ = ["MEASURES", "UNSHIFTED_ENTROPY", "Confidence", "ExitPoint", "max_prob_at", "measure"]
+__all__ = ["MEASURES", "UNSHIFTED_ENTROPY", "Confidence", "ExitPoint", "candidate_probe", "max_prob_at", "measure"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class ExitPoint:
         Index among the exits; filled in, as the following, by a recipe whose measure ``remembers``.
     earlier : Tensor or None
         [n] int64 labels of the exit before, -1 at the first.
+    local : Tensor or None
+        [n, k] logits of the row's candidates, for a measure that has ``candidates``.
+    shown : Tensor or None
+        [n, k] their probabilities at the exit before, NaN at the first; filled in by the recipe.
     """
 
     hidden: Tensor
@@ -50,6 +55,8 @@ class ExitPoint:
     logits: Tensor | None = None
     exit: int = 0
     earlier: Tensor | None = None
+    local: Tensor | None = None
+    shown: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ class Confidence:
         ``score(point: ExitPoint) -> Tensor`` [n] float32; NaN never exits.
     remembers : bool, default False
         Whether it reads ``point.exit`` or ``point.earlier``.
+    candidates : Candidates, optional
+        It reads the logits of these words alone, and a row that passes leaves only if the whole head then says one of
+        them.
 
     Examples
     --------
@@ -85,6 +95,7 @@ class Confidence:
     reads_head: bool
     score: Callable[[ExitPoint], Tensor]
     remembers: bool = False
+    candidates: Candidates | None = None
 
 
 def _stats(point: ExitPoint) -> ExitStats:
@@ -104,6 +115,29 @@ def _probe(point: ExitPoint) -> Tensor:
         point.hidden, probe.weight, probe.bias, hidden_weight=None if inner is None else inner.weight,
         hidden_bias=None if inner is None else inner.bias, norm="rms", eps=probe.eps,
     )  # fmt: skip
+
+
+def _candidate_probe(point: ExitPoint) -> Tensor:
+    probe = point.head.candidates
+    assert probe is not None and point.local is not None and point.shown is not None  # the recipe has checked
+    return probe(features(point.local, point.shown))
+
+
+def candidate_probe(count: int = 4, draft: Callable[[Tensor], Tensor] | None = None) -> Confidence:
+    """SpecEE's predictor as a measure, on candidates of your choice.
+
+    Parameters
+    ----------
+    count, draft
+        As for :class:`exeunt.candidates.Candidates`.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> exeunt.confidence.candidate_probe(3).candidates.count
+    3
+    """
+    return Confidence("candidate_probe", 0.0, 1.0, False, _candidate_probe, candidates=Candidates(count, draft))
 
 
 def _normalized_entropy(point: ExitPoint) -> Tensor:
@@ -137,7 +171,8 @@ def _entropy_unshifted(point: ExitPoint) -> Tensor:
 #: FREE), ``logit_margin`` (the same before the softmax, which does not saturate), ``neg_entropy`` (DeeBERT, in nats,
 #: negated), ``neg_normalized_entropy`` (FastBERT: divided by log C), ``saturation`` (CALM: cosine of a layer's output
 #: and input, no head read), ``probe`` (CALM's classifier, BERxiT's learning to exit: a learned map of the exit state,
-#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first).
+#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first),
+#: ``candidate_probe`` (SpecEE: a learned map of the logits of a few candidates, the only words read).
 MEASURES: dict[str, Confidence] = {
     m.name: m
     for m in (
@@ -149,6 +184,7 @@ MEASURES: dict[str, Confidence] = {
         Confidence("saturation", -1.0, 1.0, False, _saturation),
         Confidence("probe", 0.0, 1.0, False, _probe),
         Confidence("agreement", 0.0, 1.0, True, _agreement, remembers=True),
+        candidate_probe(),
     )
 }
 

@@ -18,12 +18,13 @@ was traced holds (:mod:`exeunt.models.encoder_structure`): between two layers th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 from exeunt import buckets, ops
 from exeunt.calibration import Calibration
 from exeunt.classifier_heads import ClassifierHeads, View
-from exeunt.confidence import ExitPoint
+from exeunt.confidence import MEASURES, ExitPoint
 from exeunt.encoder_batch import Forward, Group
 from exeunt.heads import ExitHead
 from exeunt.models.encoder_structure import discover_encoder, first_tensor, named, parameters_of
@@ -43,6 +44,8 @@ from exeunt.row_report import RowReport
 from exeunt.stats import ExitStats
 
 __all__ = ["AttachedEncoder"]
+
+FEW = 64  # classes up to which a check is one call of ops.Check
 
 
 class _UnderWay(threading.local):
@@ -119,6 +122,8 @@ class AttachedEncoder(Plug):
                 f"attach: expected exit heads of {s.classes} labels like the model, got {', '.join(map(str, classes))}"
             )
         measure = recipe.confidence
+        if recipe.candidates is not None:
+            raise ValueError(f"attach: {recipe.measures} names words of a vocabulary: expected a language model")
         if min(classes) < 2 and measure is not None and measure.reads_head:
             raise ValueError(
                 f"attach: {measure.name} needs two labels or more, got a regression: use a probe, or patience"
@@ -136,7 +141,18 @@ class AttachedEncoder(Plug):
                     f"got {got_kind[0]} on {got_kind[1]}: call heads.to(...)"
                 )
         self._heads: ClassifierHeads = recipe.heads
-        self._exits = {layer: k for k, layer in enumerate(exits)}
+        ats = [At(k, layer, len(exits)) for k, layer in enumerate(exits)]
+        self._exits = {at.layer: (at, self._kernel_check(at)) for at in ats}
+
+    def _kernel_check(self, at: At) -> ops.Check | None:
+        """The check of an exit in one call of a kernel, where one can make it: a plain head, a plain threshold."""
+        recipe, head, measure = self.recipe, self._heads[at.layer], self.recipe.confidence
+        bound = recipe.policy.bound(at)
+        known = measure is not None and MEASURES.get(measure.name) is measure and measure.name in ops.Check.MEASURES
+        few = head.plain and not self._heads.remembers and head.classes <= FEW
+        if bound is None or not known or not few or not ops.Check.runs_on(head.out.weight):
+            return None
+        return ops.Check(**head.layers(), measure=measure.name, threshold=bound, tokens=head.pooling == "mean")
 
     def _install(self) -> None:
         s = self.structure
@@ -179,7 +195,8 @@ class AttachedEncoder(Plug):
             if given.get(name) or (given.get(name) is None and getattr(config, name, False)):
                 raise ValueError(f"attach: expected a forward without {name}, since rows that left have none there")
         mask = given.get("attention_mask")
-        local.running = Forward(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        local.running = Forward(mask, self.depth, texts.device)
 
     def _layer(self, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of an encoder layer."""
@@ -202,18 +219,16 @@ class AttachedEncoder(Plug):
                 run.returned = len(out) if isinstance(out, tuple) else 0
                 group = run.groups[0]
                 group.previous, group.hidden = hidden, first_tensor(out)
-            else:
+                run.count(group)
+                return out
+            if run.groups:
                 _, arguments = named(names, args, kwargs)
-                for group in run.groups:
-                    own = stock(group.hidden, **group.pick(arguments, self.structure.layout, run.size))
-                    group.previous, group.hidden = group.hidden, first_tensor(own)
-                out = self._gathered(run) if i == last else hidden
-                if run.returned:
-                    out = (out, *[None] * (run.returned - 1))
             for group in run.groups:
-                run.layer_rows += len(group)
-                run.layer_tokens += len(group) * group.hidden.shape[1]
-            return out
+                own = stock(group.hidden, **group.pick(arguments, self.structure.layout, run.size))
+                group.previous, group.hidden = group.hidden, first_tensor(own)
+                run.count(group)
+            out = self._gathered(run) if i == last else hidden
+            return (out, *[None] * (run.returned - 1)) if run.returned else out
 
         return forward
 
@@ -221,10 +236,9 @@ class AttachedEncoder(Plug):
         """Before layer 0: one group of all rows."""
         run.size = batch, _ = (hidden.shape[0], hidden.shape[1])
         state = self.recipe.start(batch, hidden.device, self._heads.classes)
-        if run.mask is not None and bool(run.mask.all()):
-            run.mask = None  # no padding: a mean over all tokens is one call
+        if run.mask is not None:  # None without padding: a mean over all tokens is one call
+            run.mask = None if bool(run.mask.all()) else run.mask != 0
         run.groups = [Group(None, hidden, run.mask, {}, state)]
-        run.depth = torch.full((batch,), self.depth - 1, dtype=torch.int64, device=hidden.device)
 
     def _gathered(self, run: Forward) -> Tensor:
         """After the last layer: the states of all rows in their places."""
@@ -236,46 +250,58 @@ class AttachedEncoder(Plug):
 
     # ---- exits and logits
 
-    @torch.no_grad()
     def _judge(self, layer: int, run: Forward, hidden: Tensor) -> None:
         """After a layer: let exit heads look at the rows that run, and those go that the policy releases."""
-        if run.whole:
-            run.groups[0].hidden = hidden
-        heads = self._heads
-        if heads.observes:
-            for group in run.groups:
-                heads.observe(View(group.hidden, group.mask, layer, group.memory))
-        if layer not in self._exits:
+        groups = run.groups
+        if run.final is None:
+            groups[0].hidden = hidden
+        if not groups or not (self._heads.observes or layer in self._exits):
             return
-        at = At(self._exits[layer], layer, len(self._exits))
-        policy = self.recipe.policy
-        if not policy.looks(at):
-            for group in run.groups if heads.remembers else ():
-                self._point(layer, group)
-            return
-        going_on: list[Group] = []
-        for group in run.groups:
-            run.checks += len(group)
-            point = self._point(layer, group)
+        with contextlib.nullcontext() if not torch.is_grad_enabled() else torch.no_grad():
+            if self._heads.observes:
+                for group in groups:
+                    self._heads.observe(View(group.hidden, group.mask, layer, group.memory))
+            if layer not in self._exits:
+                return
+            at, check = self._exits[layer]
+            if self.recipe.policy.looks(at):
+                run.groups = [left for group in groups for left in self._release(at, check, group, run)]
+            elif self._heads.remembers:
+                for group in groups:
+                    self._point(layer, group)
+
+    def _release(self, at: At, check: ops.Check | None, group: Group, run: Forward) -> Sequence[Group]:
+        """Let go the rows of a group that may leave; the others."""
+        n, policy = len(group), self.recipe.policy
+        run.checks += n
+        gone, out = (-1, None) if check is None else check(group.hidden, group.mask)
+        if not gone:
+            return (group,)
+        if gone > 0:
+            assert check is not None and out is not None
+            logits, leave = check.logits(out, n), check.leave(out, n) if gone < n else None
+            seen = Evidence(logits=logits)
+        else:
+            point = self._point(at.layer, group)
+            assert point.logits is not None
             logits = point.logits
-            assert logits is not None
             leave, seen = self.recipe.look(group.state, point, at)
             gone = int(leave.sum())
             if not gone:
-                going_on.append(group)
-                continue
-            everyone = gone == len(group)
+                return (group,)
+        state, first, going_on = group.state, None, []
+        if gone < n:
+            assert leave is not None
             order = ops.compact(leave)[0]
-            if policy.answers:
-                answer = policy.answer(keep(group.state, order[:gone]), seen.take(order[:gone]), at)
-                assert answer.logits is not None
-                taken = answer.logits.to(logits.dtype)
-            else:
-                taken = logits if everyone else logits[order[:gone]]
-            run.leave(group, None if everyone else order[:gone], taken, layer)
-            if not everyone:
-                going_on += self._regroup(group, order[gone:], run)
-        run.groups = going_on
+            first = order[:gone]
+            state, seen, logits = keep(state, first), seen.take(first), logits[first]
+            going_on = self._regroup(group, order[gone:], run)
+        if policy.answers:
+            own = policy.answer(state, seen, at).logits
+            assert own is not None
+            logits = own
+        run.leave(group, first, logits.to(group.hidden.dtype), at.layer)
+        return going_on
 
     def _regroup(self, group: Group, rows: Tensor, run: Forward) -> list[Group]:
         """What is left of a group, in buckets of similar length."""
@@ -343,6 +369,7 @@ class AttachedEncoder(Plug):
         run, self._local.running = self._local.running, None
         if run is None or run.next != self.depth:
             return
+        run.finish()
         self._local.ended = run
         report = self._report
         report.forwards += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exeunt.models.encoder_structure import Layout
@@ -65,14 +66,18 @@ class Forward:
     ----------
     mask : Tensor or None
         [B, S] of the batch.
+    layers : int
+        Depth of the encoder.
+    device : torch.device
+        Of its states.
     next : int
         The layer that is called next.
     groups : list of Group
         Rows that run; empty once all have left.
     depth : Tensor
-        [B] int64, the layer after which each row left.
+        [B] int64, the layer after which each row left; not there while none has, as ``logits``.
     logits : Tensor
-        [B, C] of rows that left, zeros for the others; not there while none has.
+        [B, C] of rows that left, zeros for the others.
     final : Tensor or None
         [B, S, D] states of rows that left, in their places; None while none has.
     """
@@ -80,8 +85,8 @@ class Forward:
     depth: Tensor
     logits: Tensor
 
-    def __init__(self, mask: Tensor | None) -> None:
-        self.mask = mask
+    def __init__(self, mask: Tensor | None, layers: int, device: torch.device) -> None:
+        self.mask, self.layers, self.device = mask, layers, device
         self.next = self.layer_rows = self.layer_tokens = self.checks = 0
         self.size = (0, 0)  # rows and tokens
         self.returned = 0  # how many things a layer returns beside the tensor, if it returns a tuple
@@ -90,6 +95,12 @@ class Forward:
         self.lengths: Tensor | None = None
         self.started = time.perf_counter()
 
+    def count(self, group: Group) -> None:
+        """A layer has run for a group."""
+        n, length, _ = group.hidden.shape
+        self.layer_rows += n
+        self.layer_tokens += n * length
+
     @property
     def whole(self) -> bool:
         """Whether every row of the batch still runs."""
@@ -97,13 +108,12 @@ class Forward:
 
     def leave(self, group: Group, rows: Tensor | None, logits: Tensor, layer: int) -> None:
         """Rows of a group (None: all) stop after a layer."""
+        if self.final is None and rows is None:
+            self.final, self.logits, self.depth = group.hidden, logits, self._everyone(layer)
+            return
         if self.final is None:
-            self.final = group.hidden if rows is None else group.hidden.clone()
+            self.final, self.depth = group.hidden.clone(), self._everyone(self.layers - 1)
             self.logits = logits.new_zeros(self.size[0], logits.shape[1])
-            if rows is None:
-                self.depth.fill_(layer)
-                self.logits = logits
-                return
             places = rows
         else:
             hidden = group.hidden if rows is None else group.hidden.index_select(0, rows)
@@ -112,6 +122,14 @@ class Forward:
             self.place(places, hidden)
         self.depth.index_fill_(0, places, layer)
         self.logits.index_copy_(0, places, logits)
+
+    def finish(self) -> None:
+        """No row leaves any more."""
+        if self.final is None:
+            self.depth = self._everyone(self.layers - 1)
+
+    def _everyone(self, layer: int) -> Tensor:
+        return torch.full((self.size[0],), layer, dtype=torch.int64, device=self.device)
 
     def place(self, places: Tensor, hidden: Tensor) -> None:
         """Put states [n, S', D] where they belong in the batch."""

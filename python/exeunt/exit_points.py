@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from exeunt import ops
+from exeunt.candidates import Candidates, among
 from exeunt.confidence import ExitPoint
 from exeunt.models import Structure
-from exeunt.policies import At, keep
+from exeunt.policies import Adaptive, At, Evidence, keep
 from exeunt.recipes import Recipe
 from exeunt.stats import ExitStats
 from exeunt.step import Step
@@ -59,16 +60,22 @@ class ExitPoints:
         if policy.answers or policy.needs & {"logits", "truth"}:
             name = type(policy).__name__
             raise ValueError(f"attach: expected a policy whose tokens take their exit's own logits, got {name}")
-        if self.recipe.reads_head and weight.dtype not in ops.DTYPES:
+        reads_head = self.recipe.reads_head or self.recipe.candidates is not None
+        if reads_head and weight.dtype not in ops.DTYPES:
             kinds = " or ".join(str(t) for t in ops.DTYPES)
             raise ValueError(f"attach: {measures} reads the head, which must be {kinds}, got {weight.dtype}")
-        if self.recipe.reads_head and s.form is None:
+        if reads_head and s.form is None:
             raise ValueError(
                 f"attach: {measures} reads the head, which must be a product with a [V, D] weight in memory, "
                 f"scaled or capped in a known way, got {type(s.head).__name__} of {type(s.model).__name__}; "
                 "saturation and probe read no head"
             )
         for e, own in self.heads.items():
+            if own.layer is not None:
+                raise ValueError(
+                    "attach: expected exit heads that read one token's state, got a decoder layer of its own at exit "
+                    f"{e}, for which no keys and values are kept"
+                )
             for part in (own.translator, own.probe):
                 if part is None:
                     continue
@@ -96,7 +103,7 @@ class ExitPoints:
         if not recipe.policy.looks(at):
             return
         hidden, previous = after[:, 0], before[:, 0]
-        classes, stats = self.structure.weight.shape[0], None
+        classes, stats, local = self.structure.weight.shape[0], None, None
         if recipe.reads_head:
             stats = self._read_head(self._exit_state(own, hidden, step), step.rows, step)
             step.report.checks += 1
@@ -104,10 +111,55 @@ class ExitPoints:
             hidden, previous = hidden[step.rows], previous[step.rows]
         if step.policy is None:
             step.policy = recipe.start(len(hidden), hidden.device, classes)
-        leave, _ = recipe.look(step.policy, ExitPoint(hidden, previous, own, stats, classes), at)
+        if recipe.candidates is not None:
+            local, stats = self._candidates(recipe.candidates, self._exit_state(own, after[:, 0], step), hidden, step)
+        leave, seen = recipe.look(step.policy, ExitPoint(hidden, previous, own, stats, classes, local=local), at)
+        if local is not None:
+            leave = self._confirmed(leave, stats, self._exit_state(own, after[:, 0], step), step)
+        if isinstance(recipe.policy, Adaptive) and recipe.policy.learns:
+            step.lesson = self._everywhere(seen, step)
         if step.leave(leave, i):
             step.policy = keep(step.policy, ~leave)
             step.state.exited = True
+
+    @staticmethod
+    def _everywhere(seen: Evidence, step: Step) -> tuple[Tensor, Tensor]:
+        """[B] scores and labels of the running rows; NaN and -1 elsewhere."""
+        assert seen.score is not None and seen.label is not None
+        rows = step.running_rows
+        scores = seen.score.new_full((step.batch,), float("nan")).index_copy(0, rows, seen.score)
+        return scores, seen.label.new_full((step.batch,), -1).index_copy(0, rows, seen.label)
+
+    def _candidates(
+        self, wanted: Candidates, state: Tensor, hidden: Tensor, step: Step
+    ) -> tuple[Tensor, ExitStats | None]:
+        """Logits [n, k] of the running rows' candidates, named at their first check; statistics if that read the head.
+
+        ``state`` [B, D] goes into the last norm; ``hidden`` [n, D] are the layer's states of rows that run.
+        """
+        assert step.policy is not None
+        if "candidates" not in step.policy:
+            if wanted.draft is None:
+                stats = self._read_head(state, step.rows, step, topk=wanted.count)
+                assert stats.topk_ids is not None and stats.topk_logits is not None
+                step.policy["candidates"] = stats.topk_ids.clamp_min(0)
+                return stats.topk_logits, stats
+            step.policy["candidates"] = wanted.drafted(hidden, self.structure.weight.shape[0])
+        rows = state if step.rows is None else state[step.rows]
+        return self.structure.candidate_logits(rows, step.policy["candidates"]), None
+
+    def _confirmed(self, leave: Tensor, stats: ExitStats | None, state: Tensor, step: Step) -> Tensor:
+        """Those of the rows that would leave for which the whole head says one of their candidates."""
+        if not bool(leave.any()):
+            return leave
+        step.report.checks += 1
+        assert step.policy is not None
+        go = leave.nonzero()[:, 0]
+        if stats is None:
+            label = self._read_head(state, step.running_rows[go], step).argmax
+        else:
+            label = stats.argmax[go]
+        return leave.index_copy(0, go, among(label, step.policy["candidates"][go]))
 
     def _exit_state(self, own: ExitHead, hidden: Tensor, step: Step) -> Tensor:
         """[B, D] states that go into the last norm; of the running rows only they matter."""
@@ -115,7 +167,7 @@ class ExitPoints:
             return own.state(hidden)
         return hidden.index_copy(0, step.rows, own.state(hidden[step.rows]))
 
-    def _read_head(self, state: Tensor, rows: Tensor | None, step: Step) -> ExitStats:
+    def _read_head(self, state: Tensor, rows: Tensor | None, step: Step, topk: int = 0) -> ExitStats:
         """Statistics of the logits of some rows; the logits themselves go to the step's buffer."""
         if step.logits is None:
             shape, dtype = self.structure.logits_buffer(state, step.batch)
@@ -127,7 +179,23 @@ class ExitPoints:
             )
             step.logits = spare if fits else state.new_empty(shape, dtype=dtype)
         step.report.head_reads += 1
-        return self.structure.exit_stats(state, rows=rows, logits_out=step.logits)
+        return self.structure.exit_stats(state, rows=rows, topk=topk, logits_out=step.logits)
+
+    # ---- what a policy learns from
+
+    def learn(self, step: Step, logits: Tensor) -> None:
+        """Tell the policy of rows that were looked at and then ran at full depth; the head gave [B, 1, V] logits."""
+        policy, rows, bias = self.recipe.policy, step.running_rows, self.structure.bias
+        if isinstance(policy, Adaptive) and step.lesson is not None and step.running:
+            scores, labels = (t[rows] for t in step.lesson)
+            own = logits[rows, 0] if bias is None else logits[rows, 0] + bias
+            policy.learn(scores, own.argmax(-1) == labels)
+
+    def deepened(self, scores: Tensor, labels: Tensor, hidden: Tensor) -> None:
+        """The same of m tokens of earlier steps, by the last layer's output [m, 1, D]."""
+        policy = self.recipe.policy
+        assert isinstance(policy, Adaptive)
+        policy.learn(scores, self.structure.exit_stats(hidden[:, 0]).argmax == labels)
 
     # ---- at the end of the step
 

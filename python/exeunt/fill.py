@@ -16,7 +16,8 @@ from exeunt.models import KeyValueWeights, rotary_of
 from exeunt.ops import KVCache, KVStack, kv_fill
 
 if TYPE_CHECKING:
-    from exeunt.cache import ExitCacheLayer, Skipped
+    from exeunt.cache import ExitCacheLayer
+    from exeunt.generation import Skipped
 
 __all__ = ["fill_in"]
 
@@ -94,8 +95,8 @@ def _rotary(
     rotates: Sequence[bool],
     owing: Sequence[int],
     depth: int,
-) -> list[tuple[Tensor, Tensor] | None]:
-    """By layer, the tables of all the rows as the model gave them to it; the same objects where it gave the same."""
+) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor] | None]:
+    """The tables of all the rows as the model gave them: one pair where all layers got the same, else by layer."""
     made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     tables: list[tuple[Tensor, Tensor] | None] = [None] * depth
     for i in owing:
@@ -106,10 +107,11 @@ def _rotary(
         key = tuple(map(id, pairs))
         if key not in made:
             parts = [[_rows(t, then) for t in pair] for pair, (_, _, _, then) in zip(pairs, found, strict=True) if pair]
-            cos, sin = (torch.cat(list(part)).float() for part in zip(*parts, strict=True))
+            cos, sin = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
             made[key] = cos, sin
         tables[i] = made[key]
-    return tables
+    pairs = [tables[i] for i in owing]
+    return pairs[0] if pairs[0] is not None and all(pair is pairs[0] for pair in pairs) else tables
 
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Exit heads: the few trained parameters that a model needs at its exits.
 
-The state after an early layer does not yet lie where the model's last norm and head expect it. A `Translator`
-moves it there, a `Probe` says how far to trust the result. One exit's pair is an `ExitHead`; a model's exits
-are `ExitHeads`, which is what gets saved. An exit's logits are always ``head(norm(exit_head.state(h)))`` with
+The state after an early layer does not yet lie where the model's last norm and head expect it. A `Translator` or a
+`DecoderLayer` moves it there, a `Probe` says how far to trust the result. What one exit has is an `ExitHead`; a model's
+exits are `ExitHeads`, which is what gets saved. An exit's logits are always ``head(norm(exit_head.state(h)))`` with
 the model's own head and norm.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from exeunt import files
 
-__all__ = ["ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint"]
+_Own = TypeVar("_Own", bound=nn.Module)
+
+__all__ = ["CandidateProbe", "DecoderLayer", "ExitHead", "ExitHeads", "Probe", "Translator", "fingerprint"]
 
 FORMAT = "exeunt.heads"
 FORMAT_VERSION = "1"
@@ -73,6 +75,92 @@ class Translator(nn.Module):
         return h + self.down(F.silu(self.up(x))).to(h.dtype)
 
 
+class DecoderLayer(nn.Module):
+    """Decoder layer of an exit's own, in the place of a translator: it also looks at the tokens before.
+
+    Balcony's exits (Jamialahmadi et al., 2025, arXiv:2503.05005): causal attention with rotary positions and a gated
+    MLP, each behind an RMS norm and added to what came in, as Llama's layers are. Both output products start at zero,
+    so a fresh layer is the identity. Input and output are float tensors of shape [..., S, D] and of one dtype, whole
+    sequences from their first token on: it keeps no keys and values, so it serves training and teacher-forced
+    evaluation, and `attach` refuses it.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Size D of the model's hidden states.
+    heads : int
+        Of the attention; D must be a multiple of them.
+    key_value_heads : int, optional
+        Default: as many as `heads`.
+    width : int, optional
+        Size of the MLP's inner layer. Default: ``4 * hidden_size``.
+    theta : float, default 10000.0
+        Base of the rotary positions.
+    eps : float, default 1e-6
+        Added to the mean squares before their roots are taken.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.heads import DecoderLayer
+    >>> h = torch.randn(2, 5, 64)
+    >>> torch.equal(DecoderLayer(64, heads=4)(h), h)
+    True
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        key_value_heads: int | None = None,
+        width: int | None = None,
+        theta: float = 10000.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.heads, self.theta, self.eps = hidden_size, heads, theta, eps
+        self.key_value_heads = heads if key_value_heads is None else key_value_heads
+        self.width = 4 * hidden_size if width is None else width
+        size, few = hidden_size // heads, self.key_value_heads
+        if size * heads != hidden_size or size % 2 or heads % few:
+            raise ValueError(
+                f"heads must divide {hidden_size} into even parts and be a multiple of key_value_heads, "
+                f"got {heads} and {few}"
+            )
+        self.weight = nn.Parameter(torch.ones(2, hidden_size))  # of the norms before attention and MLP
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key = nn.Linear(hidden_size, few * size, bias=False)
+        self.value = nn.Linear(hidden_size, few * size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, self.width, bias=False)
+        self.up = nn.Linear(hidden_size, self.width, bias=False)
+        self.down = nn.Linear(self.width, hidden_size, bias=False)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The layer's output for sequences `h`."""
+        x = rms_normalized(h, self.eps).to(self.weight.dtype) * self.weight[0]
+        # [..., S, heads * size] -> [..., heads, S, size]
+        q, k, v = (p(x).unflatten(-1, (-1, self.hidden_size // self.heads)).transpose(-3, -2)
+                   for p in (self.query, self.key, self.value))  # fmt: skip
+        attended = F.scaled_dot_product_attention(
+            self._rotated(q), self._rotated(k), v, is_causal=True, enable_gqa=self.heads != self.key_value_heads
+        )
+        h = h + self.out(attended.transpose(-3, -2).flatten(-2)).to(h.dtype)
+        x = rms_normalized(h, self.eps).to(self.weight.dtype) * self.weight[1]
+        return h + self.down(F.silu(self.gate(x)) * self.up(x)).to(h.dtype)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """Queries or keys [..., S, size] turned by their positions; angles in float32."""
+        half = x.shape[-1] // 2
+        frequency = self.theta ** -(torch.arange(half, device=x.device) / half)
+        angle = torch.arange(x.shape[-2], device=x.device)[:, None] * frequency
+        first, second = x.float().chunk(2, -1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
 class Probe(nn.Module):
     """Probe for the probability that the exit's token (or label) is that of full depth: linear, or with a hidden layer.
 
@@ -114,18 +202,55 @@ class Probe(nn.Module):
         x = rms_normalized(h, self.eps)
         return (x if self.hidden is None else F.relu(self.hidden(x))) @ self.weight + self.bias
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Probe:
+    def _apply(self: _Own, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Own:
         # `.to()`, `.half()` and `.cuda()` of any module around this one end here: follow the device only.
         def keep_float32(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if moved.dtype == torch.float32 else t.to(moved.device)
 
-        super()._apply(keep_float32, recurse)
+        nn.Module._apply(self, keep_float32, recurse)
         return self
 
 
+class CandidateProbe(nn.Module):
+    """SpecEE's predictor: whether an exit says what full depth will, from what it says of a few candidates.
+
+    Reads :func:`exeunt.candidates.features`: linear, relu, linear, sigmoid. Stays float32 when it is cast.
+
+    Parameters
+    ----------
+    count : int, default 4
+        Candidates.
+    width : int, default 512
+        Of the hidden layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.heads import CandidateProbe
+    >>> CandidateProbe()(torch.zeros(2, 12)).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, count: int = 4, width: int = 512) -> None:
+        super().__init__()
+        self.count, self.width = count, width
+        self.hidden = nn.Linear(3 * count, width, dtype=torch.float32)
+        self.out = nn.Linear(width, 1, dtype=torch.float32)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Probability [...] for features [..., 3 * count]."""
+        return torch.sigmoid(self.logit(features))
+
+    def logit(self, features: Tensor) -> Tensor:
+        """Log-odds."""
+        return self.out(F.relu(self.hidden(features)))[..., 0]
+
+    _apply = Probe._apply
+
+
 class ExitHead(nn.Module):
-    """What one exit has of its own: a translator, a probe, both or neither.
+    """What one exit has of its own: a translator, a probe, a decoder layer; any of them or none.
 
     Parameters
     ----------
@@ -133,6 +258,10 @@ class ExitHead(nn.Module):
         Applied before the model's last norm and head; without one the state is used as it is.
     probe : Probe, optional
         Confidence that costs no pass over the vocabulary.
+    layer : DecoderLayer, optional
+        Applied before the translator; then states come as whole sequences, [..., S, D].
+    candidates : CandidateProbe, optional
+        Confidence that reads a few words of the vocabulary.
 
     Examples
     --------
@@ -143,13 +272,20 @@ class ExitHead(nn.Module):
     True
     """
 
-    def __init__(self, translator: Translator | None = None, probe: Probe | None = None) -> None:
+    def __init__(
+        self,
+        translator: Translator | None = None,
+        probe: Probe | None = None,
+        layer: DecoderLayer | None = None,
+        candidates: CandidateProbe | None = None,
+    ) -> None:
         super().__init__()
-        self.translator = translator
-        self.probe = probe
+        self.translator, self.probe, self.layer, self.candidates = translator, probe, layer, candidates
 
     def state(self, h: Tensor) -> Tensor:
         """The state that goes into the model's last norm: shape [..., D] and dtype as `h`."""
+        if self.layer is not None:
+            h = self.layer(h)
         return h if self.translator is None else self.translator(h)
 
 
@@ -157,6 +293,8 @@ class ExitHead(nn.Module):
 _PARTS: dict[str, tuple[type, tuple[str, ...]]] = {
     "translator": (Translator, ("hidden_size", "width", "eps")),
     "probe": (Probe, ("hidden_size", "eps", "width")),
+    "candidates": (CandidateProbe, ("count", "width")),
+    "layer": (DecoderLayer, ("hidden_size", "heads", "key_value_heads", "width", "theta", "eps")),
 }
 
 

@@ -11,10 +11,10 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 from exeunt import cache as caches
-from exeunt.models import ATTENTION, own_cache
+from exeunt.models import ATTENTION, own_cache, register_attention
 
 if TYPE_CHECKING:
-    from exeunt.cache import GenerationState
+    from exeunt.generation import GenerationState
 
 __all__ = ["adopted", "check_model", "default_cache", "full_depth"]
 
@@ -25,6 +25,7 @@ def check_model(model: Any) -> None:
     """Raise for a version of transformers, or settings of a model, that would fail in the middle of a generation."""
     if not VERSIONS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) < VERSIONS[1]:
         raise ImportError(f"attach needs transformers>=4.57,<6, got {transformers.__version__}")
+    register_attention()
     config, settings = getattr(model, "config", None), getattr(model, "generation_config", None)
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None and attention not in ATTENTION:

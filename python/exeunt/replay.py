@@ -22,7 +22,7 @@ from exeunt.confidence import Confidence, ExitPoint
 from exeunt.heads import ExitHead
 from exeunt.policies import At, Evidence, FixedDepth, Oracle, Policy, Position, keep
 from exeunt.recipes import Recipe
-from exeunt.states import Drop
+from exeunt.states import Defer, Drop
 from exeunt.stats import ExitStats
 
 __all__ = ["FEW", "Recording", "Replay", "replay"]
@@ -417,6 +417,8 @@ def _positions(recording: Recording, policy: Policy) -> list[tuple[Position | No
 def _exactness(recording: Recording, recipe: Recipe) -> tuple[bool, str]:
     if recording.positions is None or isinstance(recipe.state, Drop):
         return True, "rows don't see each other"
+    if isinstance(recipe.state, Defer):
+        return True, "on the recorded words, skipped layers run later: no token changes what others see"
     if isinstance(recipe.policy, FixedDepth):
         return True, "on the recorded words, no token needs what another skipped"
     return False, "tokens that leave change what later ones attend to, and the words"

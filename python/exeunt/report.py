@@ -34,12 +34,17 @@ class Report:
         Rows over all steps: tokens that the stock model would have run through all layers.
     layer_rows : int
         Layer-rows executed.
+    late_rows : int
+        How many of them ran for tokens that had left early, beside a later one (:class:`exeunt.states.Defer`).
     fill_ins : int
         Layer-rows for which only keys and values were computed.
     captures : int
         How many of them the stock layer computed itself, since ``kv_fill`` does not serve this model.
     head_reads : int
         Passes over the output embedding's weight: checks plus final logits; the stock model makes one a step.
+    attention : Counter of str
+        Calls of attention by what served them, where the model's attention is exeunt's
+        (:func:`exeunt.register_attention`): ``ragged_attention``, or ``torch: `` and why.
     checks : int
         How many of them were exit checks.
     exit_layers : list of Tensor
@@ -62,10 +67,12 @@ class Report:
     steps: int = 0
     tokens: int = 0
     layer_rows: int = 0
+    late_rows: int = 0
     fill_ins: int = 0
     captures: int = 0
     head_reads: int = 0
     checks: int = 0
+    attention: Counter[str] = field(default_factory=Counter)
     exit_layers: list[Tensor] = field(default_factory=list)
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
@@ -93,7 +100,9 @@ class Report:
         share = self.layer_rows / self.full_layer_rows if self.full_layer_rows else 0.0
         lines.append(
             f"  layer-rows   {self.layer_rows} run of {self.full_layer_rows} at full depth ({share:.1%}), "
-            f"{self.fill_ins} filled in" + (f" ({self.captures} by the stock layers)" if self.captures else "")
+            f"{self.fill_ins} filled in"
+            + (f" ({self.captures} by the stock layers)" if self.captures else "")
+            + (f", {self.late_rows} run late" if self.late_rows else "")
         )
         for depth, count in self.histogram.items():
             what = "row had ended" if depth == FINISHED else f"left after layer {depth}"
@@ -103,6 +112,8 @@ class Report:
         lines.append(
             f"  head reads   {self.head_reads} ({self.checks} of them exit checks; the stock model: {self.steps})"
         )
+        for what, count in sorted(self.attention.items()):
+            lines.append(f"  attention    {count} calls by {what}")
         lines.append(
             f"  wall time    {self.step_seconds:.3f} s in decoding steps, {self.forward_seconds:.3f} s in "
             f"{self.full_forwards} forwards at full depth (prompts and the like)"

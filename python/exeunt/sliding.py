@@ -43,10 +43,17 @@ class SlidingExitCacheLayer(ExitCacheLayer):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return self._window(keys, key_states.shape[2]), self._window(values, key_states.shape[2])
 
-    def append(self, own: KeyValues, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one token for ``rows`` [n] only; return what it may attend to, [n, Hkv, <= window, Dh]."""
-        keys, values = super().append(own, rows)
-        return self._window(keys, 1), self._window(values, 1)
+    def append(self, own: KeyValues, rows: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
+        """Append one token for ``rows`` [n] only; return what it may attend to, [n, Hkv, <= window, Dh].
+
+        Without ``gather`` all keys and values of the whole batch, as they lie.
+        """
+        keys, values = super().append(own, rows, gather)
+        return (self._window(keys, 1), self._window(values, 1)) if gather else (keys, values)
+
+    def seen(self, length: int) -> int:
+        """How many keys the last of ``length`` tokens attends to, itself included: no more than the window."""
+        return min(length, self.sliding_window)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Length and offset of what :meth:`update` will return, for the attention mask."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from exeunt import ops
+from exeunt.generation import Token
 from exeunt.models import RowTaker, Structure, own_cache, stand_in
 from exeunt.report import FINISHED, Report
 
 if TYPE_CHECKING:
-    from exeunt.cache import GenerationState, Token
+    from exeunt.generation import GenerationState
     from exeunt.policies import State
 
 __all__ = ["Step"]
@@ -63,23 +64,29 @@ class Step:
         self.take = RowTaker(batch, structure.batched)
         self.depth = torch.full((batch,), depth, dtype=torch.int64, device=device)
         self.running = batch
+        self.apart = False  # whether layers can attend to rows of the cache as it lies
         self.rows: Tensor | None = None
         self.left: Tensor | None = None
         self.ended: Tensor | None = None
         self.policy: State | None = None  # what the policy remembers of the running rows, from the first check on
         self.logits: Tensor | None = None  # [B, V] once a check wrote some: then every row that left has its own
         self.hidden: Tensor | None = None  # [B, 1, D] output of the last layer: exit states of rows that left
+        self.lesson: tuple[Tensor, Tensor] | None = None  # [B] scores and labels at the exit, where the policy learns
+        self.first: Tensor | None = None  # [B, 1, D] input of the first layer, where the state strategy asks for it
         self.rest: tuple[Any, ...] | None = None  # what the last layer that ran returned beside its output, all rows
         self.started = time.perf_counter()
         if state.exited and state.finished is not None and not bool(state.finished.all()):
             self.leave(state.finished, FINISHED)
             self.ended, self.left = self.left, None
 
+    @property
+    def running_rows(self) -> Tensor:
+        """[n] rows that still run."""
+        return torch.arange(self.batch, device=self.depth.device) if self.rows is None else self.rows
+
     @cached_property
     def token(self) -> Token:
         """This step's token, as the layers that rows of it skip remember it."""
-        from exeunt.cache import Token  # here, since it imports transformers
-
         return Token(self.length, self.depth)
 
     @cached_property
@@ -94,7 +101,7 @@ class Step:
         """
         gone = int(go.sum())
         if gone:
-            running = torch.arange(self.batch, device=go.device) if self.rows is None else self.rows
+            running = self.running_rows
             if gone < self.running:
                 _, _, running = ops.compact(go, running)
             leaving, self.rows, self.running = running[:gone], running[gone:], self.running - gone

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="attach needs transformers")
 import exeunt
 from encoder_zoo import CLASSES, build, states_of
 from exeunt import buckets
-from exeunt.classifier_heads import ClassifierHeads, LinearHead
+from exeunt.classifier_heads import ClassifierHeads, LinearHead, PoolerHead
 from exeunt.confidence import measure
 from exeunt.policies import Evidence, Halting, Policy, Threshold, Vote
 from exeunt.recipes import Recipe
@@ -71,6 +71,42 @@ def test_any_pattern_of_leaving(name, plan, cut, seed):
     assert early.report().layer_rows == sum(d + 1 for d, _ in plan)
     for row, (depth, _) in enumerate(plan):
         assert float((got[row] - logits[depth][row]).abs().max()) <= CLOSE
+
+
+@pytest.mark.parametrize("name", list(exeunt.ops.Check.MEASURES))
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_a_check_in_one_call_decides_as_measure_and_policy_do(monkeypatch, name, pooling):
+    torch.manual_seed(5)
+    heads = ClassifierHeads({e: PoolerHead(32, CLASSES, pooling, width=16) for e in range(5)})
+    ids = torch.randint(3, 199, (20, 30))
+    mask = (torch.arange(30) < torch.randint(4, 31, (20, 1))).long()
+    seen = []
+
+    def run(threshold):
+        recipe = Recipe(tuple(heads), measure(name), Threshold(threshold), Drop(), heads)
+        with exeunt.attach(MODELS["bert"], recipe) as early, torch.no_grad():
+            logits = MODELS["bert"](input_ids=ids, attention_mask=mask).logits
+        return logits, early.report().exit_layers[0]
+
+    def noting(self, state, point, at):
+        leave, evidence = look(self, state, point, at)
+        seen.append(evidence.score)
+        return leave, evidence
+
+    look = Recipe.look
+    with monkeypatch.context() as patch:
+        patch.setattr(exeunt.ops.Check, "runs_on", staticmethod(lambda weight: False))
+        patch.setattr(Recipe, "look", noting)
+        run(math.inf)
+        scores = seen[0].sort().values
+        at = int((scores[1:] - scores[:-1])[5:15].argmax()) + 5  # some leave at the first exit, others don't
+        threshold = float(scores[at : at + 2].mean())
+        expected = run(threshold)
+        assert len(expected[1].unique()) > 1
+        seen.clear()
+    monkeypatch.setattr(Recipe, "look", lambda *args: pytest.fail("the kernel could tell"))
+    got = run(threshold)
+    assert torch.equal(got[1], expected[1]) and torch.equal(got[0], expected[0])
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=70), st.integers(1, 300))

@@ -12,6 +12,7 @@ CLAIMS = {
     "test_bit_identical_while_nothing_leaves": "identical",
     "test_bit_identical_under_other_ways_to_generate": "ways",
     "test_propagate_equals_the_oracle_that_runs_everything": "oracle",
+    "test_defer_gives_the_keys_and_values_of_full_depth": "defer",
 }
 
 TEXT = """# Stock models
@@ -27,7 +28,9 @@ Run on transformers {versions}; versions before 4.57 and from 6 on are refused. 
 - with a threshold that never fires, logits and tokens of `generate` are those of the model alone, bit for bit: greedy,
   with beams, sampled, with eager attention, and in bfloat16;
 - tokens that leave (CALM's state propagation, eager and lazy) give the tokens, depths and logits of an oracle that
-  runs every layer for every row (float32), and the rows executed in each layer are those that the depths say.
+  runs every layer for every row (float32), and the rows executed in each layer are those that the depths say;
+- with `states.Defer`, tokens that leave and run deep later give the tokens, depths and logits of full depth, and of the
+  exits on top of it.
 
 {table}
 
@@ -39,7 +42,7 @@ Run on transformers {versions}; versions before 4.57 and from 6 on are refused. 
 | `logits_processor`, `stopping_criteria`, `streamer`, `bad_words_ids`, `inputs_embeds` | works |
 | `output_scores`, `output_logits` | works; of a row that left, the logits of its exit |
 | `output_hidden_states` | works; a row that left stands still from its exit on |
-| eager and sdpa attention; bfloat16, float16 | works; any other attention is refused at attach |
+| eager, sdpa and exeunt attention; bfloat16, float16 | works; any other attention is refused at attach |
 | `output_attentions` | full depth, with a warning |
 | prompt lookup, assisted decoding, contrastive search, DoLa | full depth, with a warning |
 | `use_cache=False` | full depth, with a warning |

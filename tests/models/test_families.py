@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="models are transformers models")
 import exeunt
 from exeunt import models
+from exeunt.states import Defer
 
 sys.path.insert(0, os.path.dirname(__file__))
 import zoo
@@ -62,11 +64,12 @@ class Executed:
 class Oracle:
     """All layers run for all rows; what a row gets after its exit is thrown away. The cache is transformers' own.
 
+    ``full``: skipped layers see what they would see without exits; otherwise they see the state of the exit.
     Exit logits come from the model's own forward with its decoder taken out, so scaling, bounds and biases are its own.
     """
 
-    def __init__(self, model, threshold):
-        self.model, self.threshold = model, threshold
+    def __init__(self, model, threshold, full=False):
+        self.model, self.threshold, self.full = model, threshold, full
         self.structure = models.discover(model)
         self.depths, self.scores = [], []
 
@@ -114,19 +117,20 @@ class Oracle:
             cache = cache if cache is not None else next((a for a in args if hasattr(a, "get_seq_length")), None)
             decoding = cache is not None and hidden.shape[1] == 1 and cache.get_seq_length() > 0
             self.depth = torch.full((len(hidden),), zoo.LAYERS - 1) if decoding else None
-            self.states = hidden.clone()
+            self.kept = hidden
         out = type(layer).forward(layer, hidden, *args, **kwargs)
         if self.depth is None:
             return out
-        new = torch.where((self.depth < i)[:, None, None], hidden, out[0] if isinstance(out, tuple) else out)
+        ran = out[0] if isinstance(out, tuple) else out
+        new = self.kept = torch.where((self.depth < i)[:, None, None], self.kept, ran)
         if i in EXITS:
             top = self.logits(new).double().softmax(-1).topk(2, -1).values
             score = top[:, 0] - top[:, 1]
             alive = self.depth >= i
             self.scores += score[alive].tolist()
             self.depth[alive & (score >= self.threshold)] = i
-        self.last = new
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        after = ran if self.full and i < zoo.LAYERS - 1 else new
+        return (after, *out[1:]) if isinstance(out, tuple) else after
 
     def head(self, head, normed):
         if self.depth is not None:
@@ -134,16 +138,16 @@ class Oracle:
         return type(head).forward(head, normed)
 
 
-def oracle_run(model):
+def oracle_run(model, full=False):
     """Tokens and depths of a threshold that no score comes close to and that lets rows out at several depths."""
     for seed in range(1, 5):
         given = zoo.inputs(model, seed=seed)
-        with Oracle(model, math.inf) as free:
+        with Oracle(model, math.inf, full) as free:
             zoo.generate(model, given)
         scores = torch.tensor(free.scores)
         for share in (0.7, 0.6, 0.8, 0.5, 0.9):
             threshold = float(scores.quantile(share))
-            with Oracle(model, threshold) as oracle:
+            with Oracle(model, threshold, full) as oracle:
                 out = zoo.generate(model, given)
             closest = min(abs(s - threshold) for s in oracle.scores)
             if closest > 2e-4 and len(set(torch.stack(oracle.depths).flatten().tolist())) > 2:
@@ -177,6 +181,19 @@ def test_propagate_equals_the_oracle_that_runs_everything(family):
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=1e-3, atol=2e-3)
         assert early.report().layer_rows == int((depths + 1).sum()) < early.report().full_layer_rows
         assert counted.rows == [prompt + int((depths >= i).sum()) for i in range(zoo.LAYERS)]
+
+
+def test_defer_gives_the_keys_and_values_of_full_depth(family):
+    given, threshold, expected, depths = oracle_run(family, full=True)
+    for state in (Defer(), Defer(limit=2)):
+        recipe = dataclasses.replace(exeunt.recipes.calm(EXITS, threshold), state=state)
+        with exeunt.attach(family, recipe) as early:
+            got = zoo.generate(family, given)
+        report = early.report()
+        assert torch.equal(torch.stack(report.exit_layers), depths)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=1e-3, atol=2e-3)
+        assert report.late_rows > 0 and report.layer_rows == int((depths + 1).sum()) + report.late_rows
 
 
 WAYS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -301,3 +302,11 @@ print(fused - before, peak() - fused)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     fused, logits = (int(kilobytes) for kilobytes in found.stdout.split())
     assert fused < 6_000 and logits > 40_000, "kilobytes; float32 logits alone are 38,000"
+
+
+def test_an_unknown_limit_of_the_instruction_set_is_one_warning():
+    script = "import exeunt; print(exeunt.ops._backend.cpu.isa())"
+    env = os.environ | {"EXEUNT_MAX_ISA": "sse9"}
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    assert "EXEUNT_MAX_ISA must be baseline, avx2" in found.stderr and "got 'sse9'" in found.stderr
+    assert "Traceback" not in found.stderr and f"({found.stdout.strip()}) serves" in found.stderr

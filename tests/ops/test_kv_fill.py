@@ -149,6 +149,38 @@ def test_rotary_tables_by_layer_and_padding():
     assert torch.equal(got[1], fill(ops, kv, given, 4, rotary=None)[1])
 
 
+@pytest.mark.parametrize("kinds", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float64,) * 2,
+                                   (torch.bfloat16, torch.float32)], ids=str)  # fmt: skip
+def test_rotary_tables_are_read_in_the_dtype_they_come_in(isa, kinds):
+    kv = stack(torch.float32)
+    given = inputs(kv, 7, 16)
+    cos, sin = (t.to(kind) for t, kind in zip(given["rotary"], kinds, strict=True))
+    widened = fill(ops, kv, given, 7, rotary=(cos.float(), sin.float()))
+    got = fill(ops, kv, given, 7, rotary=(cos, sin))
+    assert torch.allclose(got, widened, rtol=1e-6, atol=1e-6)  # a compiler may fuse other multiply-adds
+    assert torch.equal(fill(ops, kv, given, 7, rotary=(cos.T.contiguous().T, sin)), got)
+
+
+def test_a_workspace_is_kept_and_grows():
+    kv = stack(torch.float32)
+    for n in (3, 70, 5):
+        given = inputs(kv, n, 16)
+        exact = fill(reference, kv, given | {"hidden": given["hidden"].double()}, n, torch.float64)
+        assert_close(fill(ops, kv, given, n), exact, kv)
+    assert len(kv.spaces) == 1
+
+
+def test_places_are_held_to_the_cache_without_a_kernel_too(monkeypatch):
+    kv = stack(torch.float32)
+    kv.__dict__["kernel"] = None  # as for a device that has none
+    monkeypatch.setattr(_backend, "_warned", {"kv_fill on cpu"})
+    given = inputs(kv, 4, 16)
+    exact = fill(reference, kv, given, 4)
+    assert torch.equal(fill(ops, kv, given, 4), exact)
+    with pytest.raises(ValueError, match="^kv_fill: expected places within a cache of 5 rows"):
+        fill(ops, kv, given | {"rows": given["rows"] - 5, "from_layer": given["from_layer"] * 0}, 4)
+
+
 def test_other_rows_do_not_feel_a_bad_one(isa):
     kv = stack(torch.bfloat16)
     given = inputs(kv, 6, 16)

@@ -11,7 +11,7 @@ from op_inputs import make, norm_args
 
 pytestmark = pytest.mark.skipif(_backend.cpu is None, reason="exeunt._cpu is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (2, 31), (16, 64), (35, 33), (130, 576), (4500, 96)]
+SHAPES = [(1, 1), (2, 31), (16, 64), (35, 33), (130, 576), (4500, 96), (35, 1100), (40, 2080)]  # wide: tiles beyond L1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -21,7 +21,7 @@ def test_a_packed_head_gives_the_bits_of_the_weight_as_it_lies(isa, v, d, dtype)
     packed = PackedHead(head)
     assert torch.equal(packed.unpack(), head) and packed.shape == (v, d)
     args = norm_args("rms", d, dtype)
-    for n in (1, 2, 5, 21):
+    for n in (1, 2, 5, 9, 21):
         for a, b in zip(
             ops.exit_stats(hidden[:n], packed, **args), ops.exit_stats(hidden[:n], head, **args), strict=True
         ):

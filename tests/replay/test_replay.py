@@ -10,7 +10,7 @@ import torch
 
 from exeunt import ExitStats, calibration, recipes
 from exeunt.confidence import ExitPoint
-from exeunt.heads import ExitHead, ExitHeads, Probe
+from exeunt.heads import CandidateProbe, ExitHead, ExitHeads, Probe
 from exeunt.policies import At, Evidence, Falling, FixedDepth, Oracle, Patience, Position, Threshold, Vote, keep
 from exeunt.recipes import Recipe
 from exeunt.replay import Recording, replay
@@ -24,12 +24,12 @@ def recording(n=N, seed=0, **more):
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(n, DEPTHS, CLASSES, generator=g).cumsum(1)
     z[torch.rand(n, DEPTHS, generator=g) < 0.03] = math.nan
-    measures = {name: torch.rand(n, DEPTHS, generator=g) for name in ("probe", "saturation")}
+    measures = {name: torch.rand(n, DEPTHS, generator=g) for name in ("probe", "saturation", "candidate_probe")}
     labels = torch.randint(CLASSES, (n,), generator=g)
     return Recording.of_logits(z, labels=labels, measures=measures, **more)
 
 
-PROBES = ExitHeads({e: ExitHead(probe=Probe(4)) for e in range(DEPTHS - 1)})
+PROBES = ExitHeads({e: ExitHead(probe=Probe(4), candidates=CandidateProbe()) for e in range(DEPTHS - 1)})
 
 RECIPES = {
     "shallow_deep": recipes.shallow_deep(0.95),

@@ -1,20 +1,27 @@
 """Recording states, training exits on them, and the command that does both."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import exeunt
 from exeunt import cli
-from exeunt.heads import ExitHead, ExitHeads, Probe, Translator
+from exeunt.heads import DecoderLayer, ExitHead, ExitHeads, Probe, Translator
 from exeunt.models import discover
 from exeunt.training import (
     HEADS_FILE,
     Joint,
     Objective,
     Recorded,
+    Recording,
     loop,
     parse,
     record,
@@ -23,6 +30,7 @@ from exeunt.training import (
     tokenised,
     train_exits,
 )
+from exeunt.training import exits as exits_module
 
 EXITS = [0, 2]
 
@@ -89,6 +97,8 @@ def test_states_of_another_model_or_text_are_refused(tmp_path):
         record(model, rows(3, seed=1), EXITS, tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"holds states of other exits: expected \[1\], got \[0, 2\]$"):
         record(model, ids, [1], tmp_path, progress=False)
+    both, one = (record(model, ids, exits, tmp_path, progress=False) for exits in (EXITS, [2]))
+    assert one.exits == [2] and torch.equal(one.read([5, 3])[0], both.read([5, 3])[0][:, 1:])
 
 
 @pytest.mark.parametrize("exits", [[3], [-1, 1], []])
@@ -103,13 +113,13 @@ def test_exits_out_of_range_are_refused(tmp_path, exits):
 def test_recorded_and_joint_see_the_same(tmp_path):
     """Two ways to the same loss: states from disk, and the model run again."""
     model, ids = tiny(), rows(4)
-    heads = ExitHeads({e: ExitHead(Translator(32), Probe(32)) for e in EXITS})
-    for e in EXITS:
-        torch.nn.init.normal_(heads[e].translator.down.weight, std=0.1)
+    heads = ExitHeads({0: ExitHead(Translator(32), Probe(32)), 2: ExitHead(probe=Probe(32), layer=DecoderLayer(32, 4))})
+    for weight in (heads[0].translator.down.weight, heads[2].layer.down.weight, heads[2].layer.out.weight):
+        torch.nn.init.normal_(weight, std=0.1)
     goal = parse("ce + 0.3*kl + 0.2*reverse-kl + probe + 0.1*layer", [*EXITS, 3])
     states, labels = record(model, ids, EXITS, tmp_path, progress=False).read(range(48))
     with torch.no_grad():
-        recorded = Recorded(discover(model), heads, goal)((states, labels))
+        recorded = Recorded(discover(model), heads, goal, length=12)((states, labels))
         joint = Joint(model, EXITS, goal, heads)(torch.from_numpy(ids))
     assert recorded.item() == pytest.approx(joint.item(), rel=1e-4)
 
@@ -162,6 +172,54 @@ def test_trained_translators_agree_more_than_none(tmp_path):
     with pytest.raises(ValueError, match="belongs to another run: expected objective kl \\+ probe, got kl$"):
         train_exits(model, text, EXITS, "kl", tmp_path / "out", held_out={"test": rows(10, seed=1)},
                     steps=150, batch=64, progress=False)  # fmt: skip
+
+
+def test_exits_trained_on_parts_of_the_vocabulary_end_in_the_same_bits_however_often_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(exits_module, "fit", functools.partial(loop.fit, every=0.0))
+    model, text = tiny(), rows(40)
+    plain, reads = Recording.read, []
+
+    def train(out):
+        return train_exits(model, text, EXITS, "kl + probe", tmp_path / out, held_out={"test": rows(4, seed=1)},
+                           sample=15, steps=20, batch=64, progress=False)  # fmt: skip
+
+    def dies(self, index):
+        reads.append(1)
+        if len(reads) in (8, 12):
+            raise KeyboardInterrupt
+        return plain(self, index)
+
+    whole = train("whole")
+    monkeypatch.setattr(Recording, "read", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train("stopped")
+    again = train("stopped")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert len(reads) == 20 + 2 + 1, "steps that were done are not done again"
+
+
+def test_an_exit_with_a_decoder_layer_is_trained_on_whole_sequences_and_not_attached(tmp_path, monkeypatch):
+    model, text = tiny(), rows(80)
+    given = {"held_out": {"test": rows(10, seed=1)}, "steps": 150, "batch": 64, "progress": False}
+    seen, plain = [], Recording.read
+    monkeypatch.setattr(Recording, "read", lambda self, index: seen.append(np.asarray(index)) or plain(self, index))
+    heads = train_exits(model, text, [2], "kl + probe", tmp_path, head="layer", sample=20, **given)
+    assert all(len(index) % 12 == 0 and (index.reshape(-1, 12) % 12 == np.arange(12)).all() for index in seen)
+    assert len(seen[0]) == 60, "as many sequences as fit into a batch"
+    assert heads[2].translator is None and heads[2].layer.key_value_heads == 2
+    figures = json.loads(heads.metadata["held_out"])["test"]
+    untrained = train_exits(model, text, [2], "kl", tmp_path / "b", head="layer", **given | {"steps": 1})
+    assert figures["2"]["agreement"] > json.loads(untrained.metadata["held_out"])["test"]["2"]["agreement"] + 0.05
+    from exeunt.evaluation import record_tokens  # another way to the same: the model run on the held-out text
+
+    recording = record_tokens(model, torch.from_numpy(rows(10, seed=1)), [2], heads=heads, prompt=1, progress=False)
+    agree = (recording.predicted[:, 0] == recording.predicted[:, 1]).float().mean().item()
+    assert agree == pytest.approx(figures["2"]["agreement"], abs=0.08)  # which has the first token of a row as well
+    with pytest.raises(ValueError, match="read one token's state, got a decoder layer of its own at exit 2"):
+        exeunt.attach(model, exeunt.recipes.calm(heads=heads, threshold=0.5))
+    with pytest.raises(ValueError, match="^head must be translator or layer, got 'mlp'$"):
+        train_exits(model, text, [2], "kl", tmp_path / "c", head="mlp", **given)
 
 
 @pytest.mark.parametrize("which", ["last-1", "all"])
@@ -240,6 +298,7 @@ def test_command(saved, tmp_path, capsys):
         ({"exits": "0,3"}, "exits must lie in 0..2 for a model of 4 layers, got [0, 3]"),
         ({"objective": "ce + x"}, "objective terms must be"),
         ({"train": "some"}, "what to train must be"),
+        ({"head": "some"}, "head must be translator or layer, got 'some'"),
         ({"model": "nowhere"}, "--model must be small, smollm2 or a folder with a model, got nowhere"),
         ({"data": "nowhere"}, "No such file or directory: 'nowhere'"),
         ({"length": 5000}, "the data is too short"),
@@ -270,3 +329,36 @@ def test_a_full_disk_is_one_sentence(saved, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err.strip()
     assert "could not be written (No space left on device), nothing was written" in said
     assert len(said.splitlines()) == 1 and not list(tmp_path.rglob(".*"))
+
+
+TOGETHER = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+torch.set_num_threads(1)
+from exeunt.training import recording, train_exits
+from training.test_exits import EXITS, rows, tiny
+recording.CHUNK = 4
+heads = train_exits(tiny(), rows(40), EXITS, "kl + probe", sys.argv[1], held_out={"test": rows(8, seed=1)}, steps=10,
+                    batch=64, progress=False)
+assert "test" in heads.metadata["held_out"], heads.metadata
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_record_and_train_the_exits_that_one_does(tmp_path):
+    pytest.importorskip("accelerate", reason="several processes need accelerate")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "train.py").write_text(TOGETHER)
+    found = []
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        done = subprocess.run(
+            [*command, str(tmp_path / "train.py"), str(tmp_path / name), str(Path(__file__).parents[1])],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / name / "states" / "train").glob("states-*.npy"))) == 10
+        found.append(ExitHeads.load(tmp_path / name / HEADS_FILE, tiny().config))
+    for one, two in zip(*(heads.parameters() for heads in found), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -45,6 +45,10 @@ def leaves(depths):
     return list({id(t): t for t in found}.values())
 
 
+def gradients(loss, depths):
+    return torch.autograd.grad(loss, leaves(depths), allow_unused=True)
+
+
 def logits(depth):
     z = depth.state @ depth.weight.T
     return z if depth.bias is None else z + depth.bias
@@ -106,11 +110,9 @@ TERMS = {
 def check(terms, depths, labels):
     with torch.no_grad():
         expected_parts = [formula(depths, labels) for _, formula in terms]
-    expected = torch.autograd.grad(
-        sum(formula(depths, labels) for _, formula in terms), leaves(depths), allow_unused=True
-    )
+    expected = gradients(sum(formula(depths, labels) for _, formula in terms), depths)
     loss, _ = Objective(*(term for term, _ in terms))(depths, labels)
-    got = torch.autograd.grad(loss, leaves(depths), allow_unused=True)
+    got = gradients(loss, depths)
     assert loss.item() == pytest.approx(sum(p.item() for p in expected_parts), rel=1e-5, abs=1e-6)
     for g, e in zip(got, expected, strict=True):
         g, e = (torch.zeros(()) if t is None else t.double() for t in (g, e))
@@ -141,6 +143,63 @@ def test_rows_at_a_time_change_nothing(rows, chunk, vocabulary, seed):
         check([TERMS["ce depth"], TERMS["kl"]], depths, labels)
     finally:
         objectives.ROWS = whole
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_part_of_the_vocabulary_that_is_all_of_it_changes_nothing(bias):
+    depths = depths_of(7, 5, 11, shared=True, bias=bias)
+    labels = torch.arange(7)
+    terms = [TERMS["ce depth"][0], TERMS["kl"][0]]
+    whole, agrees = Objective(*terms)(depths, labels)
+    part, also = Objective(*terms, sample=11)(depths, labels)
+    assert part.item() == pytest.approx(whole.item())
+    for a, b in zip(
+        *(torch.autograd.grad(loss, leaves(depths), allow_unused=True) for loss in (whole, part)), strict=True
+    ):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
+    assert all(torch.equal(agrees[e], also[e]) for e in EXITS)
+
+
+def test_a_part_of_the_vocabulary_stands_for_the_whole(monkeypatch):
+    """What is likely and the labels are in it, sums of exp(logits) are met on average, gradients are autograd's."""
+    monkeypatch.setattr(objectives, "LIKELY", 2)
+    depths = depths_of(3, 6, 400, shared=True, bias=False)
+    labels = torch.tensor([7, 300, 8])
+    p = logits(depths[FINAL]).softmax(-1)
+    likely = {k for k in range(400) if (p[:, k] >= p.amax(1) / 2).any()}
+    exact, sums = logits(depths[1]).exp().sum(-1), []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        part, stands_for = objectives.drawn(depths[FINAL], labels, 100)
+        assert likely | {7, 8, 300} <= set(part.tolist()) and (part.diff() > 0).all()
+        assert len(part) == len(likely | {7, 8, 300}) + 100 and stands_for.exp().sum() == pytest.approx(400, rel=1e-4)
+        sums.append((logits(depths[1])[:, part] + stands_for).exp().sum(-1))
+    error = torch.stack(sums).std(0) / 20
+    assert ((torch.stack(sums).mean(0) - exact).abs() < 4 * error).all() and (error < 0.05 * exact).all()
+
+    objective = Objective(TERMS["ce depth"][0], TERMS["kl"][0], sample=100)
+    torch.manual_seed(5)
+    loss, agrees = objective(depths, labels)
+    torch.manual_seed(5)
+    assert objective(depths, labels)[0] == loss
+    torch.manual_seed(5)
+    part, stands_for = objectives.drawn(depths[FINAL], labels, 100)
+    z = {e: logits(d)[:, part] for e, d in depths.items()}
+    p = {e: (z[e] + stands_for).log_softmax(-1) for e in z}
+    at, q = torch.searchsorted(part, labels), p[FINAL].detach()
+    expected = sum(w * F.nll_loss(p[e], at) for e, w in depth_weights("depth", [*EXITS, FINAL]).items())
+    expected = expected + sum((q.exp() * (q - p[e])).sum(-1).mean() for e in EXITS)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(
+        *(torch.autograd.grad(v, leaves(depths), allow_unused=True) for v in (loss, expected)), strict=True
+    ):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a.double(), b, atol=1e-5))
+    for e in EXITS:  # a token that stands for many is not thereby the likeliest
+        assert torch.equal(agrees[e], z[e].argmax(-1) == z[FINAL].argmax(-1))
+    with torch.no_grad():
+        assert objective(depths, labels)[0] == Objective(*objective.terms)(depths, labels)[0], "measured on all of it"
+    with pytest.raises(ValueError, match="^sample must be 1 token or more, got 0$"):
+        Objective(ProbeLoss(), sample=0)
 
 
 def test_rows_without_a_label_do_not_count():

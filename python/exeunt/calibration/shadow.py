@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exeunt.attach import Attached
 from exeunt.calibration._checks import Array
 from exeunt.calibration.audit import Audit
 from exeunt.calibration.calibrating import RISK_NAMES
 from exeunt.calibration.live import compared, until_end
+from exeunt.decoder import Attached
 
 __all__ = ["RISKS", "Shadow"]
 

@@ -25,7 +25,7 @@ class View(NamedTuple):
     hidden : Tensor
         [n, S, D] states of all tokens after the layer.
     mask : Tensor or None
-        [n, S], not 0 where a token counts; None where all do.
+        [n, S], not 0 where a token counts (bool where the host is an attached encoder); None where all do.
     layer : int
         0-based.
     memory : dict of str to Tensor
@@ -47,13 +47,13 @@ class Judged(NamedTuple):
         [n, C].
     stats : ExitStats
         Of the logits.
-    features : Tensor
-        [n, width] what the logits are a linear function of.
+    features : Tensor or None
+        [n, width] what the logits are a linear function of, where a `MetaProbe` will ask for it.
     """
 
     logits: Tensor
     stats: ExitStats
-    features: Tensor
+    features: Tensor | None
 
 
 def pooled(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
@@ -92,6 +92,7 @@ class ClassifierHead(nn.Module):
     """
 
     translator = None
+    plain = False  # whether it is one product, or a tanh and two, on the pooled state; each class says so for itself
     observes = False  # whether every layer has to be shown to it, not only its own
     remembers = False  # whether it builds on the exits before, so that none may be left out
 
@@ -109,6 +110,10 @@ class ClassifierHead(nn.Module):
         self.probe = probe
         self.meta: MetaProbe | None = None
 
+    def __init_subclass__(cls) -> None:
+        if "features" in vars(cls) or "forward" in vars(cls):
+            cls.plain = vars(cls).get("plain", False)
+
     def options(self) -> dict[str, Any]:
         """Arguments that build the head again."""
         return {"hidden_size": self.hidden_size, "classes": self.classes, "pooling": self.pooling}
@@ -125,8 +130,20 @@ class ClassifierHead(nn.Module):
         """Logits [n, C]; differentiable."""
         return self.out(self.features(view))
 
+    def layers(self) -> dict[str, Tensor | None]:
+        """Parameters of a `plain` head, as :func:`exeunt.ops.classify` takes them."""
+        found = {"weight": self.out.weight, "bias": self.out.bias}
+        pooler = getattr(self, "pooler", None)
+        return found if pooler is None else {**found, "pooler_weight": pooler.weight, "pooler_bias": pooler.bias}
+
     def judge(self, view: View) -> Judged:
         """The same and what there is to know of it, for inference."""
+        if self.plain and view.hidden.is_cpu:
+            hidden, mask = view.hidden[:, 0], None
+            if self.pooling == "mean":
+                hidden, mask = view.hidden, None if view.mask is None else view.mask != 0
+            logits, stats = ops.classify(hidden, mask=mask, **self.layers())
+            return Judged(logits, stats, None if self.meta is None else self.features(view))
         features = self.features(view)
         logits = features.new_empty(features.shape[0], self.classes)
         stats = ops.exit_stats(features, self.out.weight, head_bias=self.out.bias, logits_out=logits)

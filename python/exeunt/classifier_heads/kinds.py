@@ -25,6 +25,8 @@ class LinearHead(ClassifierHead):
     torch.Size([2, 3])
     """
 
+    plain = True
+
     def features(self, view: View) -> Tensor:
         """The pooled state."""
         return self.pooled(view)
@@ -52,6 +54,8 @@ class PoolerHead(ClassifierHead):
     >>> heads[0](View(torch.randn(2, 5, 8), None, 0, {})).shape, heads[0].pooler is heads[1].pooler
     (torch.Size([2, 3]), True)
     """
+
+    plain = True
 
     def __init__(
         self, hidden_size: int, classes: int, pooling: str = "first", *, width: int | None = None,

@@ -108,7 +108,9 @@ def _tokens(recording: Recording) -> Iterator[tuple[str, Family]]:
     if "probe" in recording.measures:  # recipes made by hand: their scores are on record, no heads are needed
         probes, probe = _levels(recording, "probe"), measure("probe")
         yield "calm, probe", lambda u: Recipe(None, probe, Threshold(probes(u)), Propagate())
-        yield "specee", lambda u: Recipe(None, probe, Threshold(probes(u), strict=True), Propagate())
+    if "candidate_probe" in recording.measures:
+        words, candidates = _levels(recording, "candidate_probe"), measure("candidate_probe")
+        yield "specee", lambda u: Recipe(None, candidates, Threshold(words(u), strict=True), Propagate())
     length = int(recording.positions.max()) + 1 if recording.positions is not None else 1
     yield "skipdecode", lambda u: recipes.skipdecode(exits[-1], exits[int(u * len(exits))], length=length, exits=exits)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from exeunt import ops
 from exeunt.attach import attach
 from exeunt.calibration import fingerprints
+from exeunt.candidates import among, features, over_exits
 from exeunt.confidence import ExitPoint, measure
 from exeunt.heads import ExitHead, ExitHeads
 from exeunt.models import Structure, discover
@@ -55,7 +56,8 @@ def record_tokens(
     -------
     Recording
         Of R (S - prompt - 1) tokens, with ``saturation`` and, where all exits have one, ``probe``; labels are the words
-        of the text.
+        of the text. Where all exits have probes of candidates, ``candidate_probe`` with those that the first exit
+        names: NaN where the whole head would not confirm them, so that a replay lets no such token go.
 
     Examples
     --------
@@ -73,7 +75,10 @@ def record_tokens(
     if prompt < 1 or count < 1:
         raise ValueError(f"prompt must leave tokens to predict in rows of {rows.shape[1]}, got {prompt}")
     owns = {e: heads[e] if heads is not None and e in heads else ExitHead() for e in chosen}
-    names = ["saturation", *(["probe"] if all(own.probe is not None for own in owns.values()) else [])]
+    plain = ["saturation", *(["probe"] if all(own.probe is not None for own in owns.values()) else [])]
+    counts = {None if own.candidates is None else own.candidates.count for own in owns.values()}
+    named = len(counts) == 1 and None not in counts
+    names = [*plain, *(["candidate_probe"] if named else [])]
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     starts = list(range(0, len(rows), batch))
     for start in tracked(starts, "Recording", progress):
@@ -87,10 +92,13 @@ def record_tokens(
                 hook.remove()
         cut = lambda h: h[:, prompt:-1].flatten(0, 1)  # noqa: E731
         found, scores = [], {name: [] for name in names}  # type: ignore[var-annotated]
+        if named:
+            into_norm = [cut(own.state(seen[e][1])) for e, own in owns.items()]
+            scores["candidate_probe"] = _candidate_scores(structure, owns, into_norm)
         for e, own in owns.items():
             before, after = (cut(h) for h in seen[e])
-            found.append(_statistics(structure, own.state(after), normalised=False))
-            for name in names:
+            found.append(_statistics(structure, cut(own.state(seen[e][1])), normalised=False))
+            for name in plain:
                 scores[name].append(measure(name).score(ExitPoint(after, before, own, found[-1])).float().cpu())
         found.append(_statistics(structure, cut(last), normalised=True))
         nothing = torch.full((len(found[0].argmax),), torch.nan)
@@ -112,6 +120,18 @@ def record_tokens(
         limit=count + 1,
         about={"model": fingerprints.of_model(model), "data": list(fingerprints.of_data(rows.tolist()))},
     )
+
+
+def _candidate_scores(structure: Structure, owns: dict[int, ExitHead], states: list[Tensor]) -> list[Tensor]:
+    """Scores [n] of every exit's probe of candidates, NaN where the whole head says none of them."""
+    probes = [own.candidates for own in owns.values()]
+    ids, logits, predicted = over_exits(structure, [s.contiguous() for s in states], probes[0].count)
+    shown, scores = torch.full_like(logits[:, 0], torch.nan), []
+    for k, probe in enumerate(probes):
+        score = probe(features(logits[:, k], shown))
+        shown = logits[:, k].softmax(-1)
+        scores.append(torch.where(among(predicted[:, k], ids), score, torch.nan).cpu())
+    return scores
 
 
 def _keeper(seen: dict[int, tuple[Tensor, Tensor]], e: int) -> Any:

@@ -1,6 +1,8 @@
 """What is known of stock models: their structure, and how to call one of their layers on some of its rows."""
 
-from exeunt.models.discovery import discover
+from exeunt.models import attention
+from exeunt.models.attention import register_attention
+from exeunt.models.discovery import discover, near, trial_forward
 from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, encoder_in
 from exeunt.models.families import ATTENTION
 from exeunt.models.key_values import KeyValueWeights, rotary_of
@@ -10,11 +12,12 @@ from exeunt.models.layer_call import (
     LayerCall,
     LayerFunction,
     RowTaker,
+    hide_keys,
     own_cache,
     spread,
     stand_in,
 )
-from exeunt.models.structure import FinalNorm, HeadForm, Structure
+from exeunt.models.structure import FinalNorm, HeadForm, Structure, evaluating
 
 __all__ = [
     "ATTENTION",
@@ -28,11 +31,17 @@ __all__ = [
     "LayerFunction",
     "RowTaker",
     "Structure",
+    "attention",
     "discover",
     "discover_encoder",
     "encoder_in",
+    "evaluating",
+    "hide_keys",
+    "near",
     "own_cache",
+    "register_attention",
     "rotary_of",
     "spread",
     "stand_in",
+    "trial_forward",
 ]

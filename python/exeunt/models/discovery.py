@@ -19,7 +19,7 @@ from exeunt.models.families import CACHE_KEYWORDS, LOGIT_BIAS, LOGIT_SCALES, SOF
 from exeunt.models.layer_call import KeyValues, LayerCall, LayerFunction, RowTaker, own_cache, stand_in
 from exeunt.models.structure import FinalNorm, HeadForm, Structure, eps_of, evaluating
 
-__all__ = ["discover"]
+__all__ = ["discover", "near", "trial_forward"]
 
 _TOKENS = 4  # of a trial prompt
 
@@ -104,7 +104,7 @@ class _Trace(NamedTuple):
     cache: Any
 
 
-def _forward(model: Any, batch: int, tokens: int, **kwargs: Any) -> Any:
+def trial_forward(model: Any, batch: int, tokens: int, **kwargs: Any) -> Any:
     """A forward of made-up tokens, of the decoder alone where there is an encoder."""
     weight = model.get_output_embeddings().weight
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), weight.device)
@@ -135,7 +135,7 @@ def _trace(model: Any, decoder: nn.Module, stack: nn.ModuleList, head: Any) -> _
     handles.append(head.register_forward_hook(lambda m, args, output: ends.append((args[0], output))))
     name = type(model).__name__
     try:
-        out = _forward(model, 2, _TOKENS, use_cache=True)
+        out = trial_forward(model, 2, _TOKENS, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -171,7 +171,7 @@ def _batched(model: Any, layers: tuple[nn.Module, ...]) -> dict[str, int]:
     handle = layers[1].register_forward_pre_hook(note, with_kwargs=True)
     try:
         for batch in (2, 3):
-            _forward(model, batch, _TOKENS + 1, use_cache=False)
+            trial_forward(model, batch, _TOKENS + 1, use_cache=False)
     finally:
         handle.remove()
     batched = {}
@@ -206,7 +206,7 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
                 return own.keys, own.values
             # The last key of the stock cache is this step's own, so what is attended to is the same.
             keys, values = own_layer.keys[1:], own_layer.values[1:]
-            if not (_near(own.keys, keys[:, :, -1:]) and _near(own.values, values[:, :, -1:])):
+            if not (near(own.keys, keys[:, :, -1:]) and near(own.values, values[:, :, -1:])):
                 raise ValueError(
                     f"attach: keys and values of layer {depth} of {name} depend on more than their own row"
                 )
@@ -219,13 +219,13 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
                 f"layer, got {received or 'none'}"
             )
         wanted, got = (o[0] if isinstance(o, tuple) else o for o in (output, out))
-        if not _near(got, wanted[1:]):
+        if not near(got, wanted[1:]):
             raise ValueError(f"attach: decoder layer {depth} of {name} gives another output for a row of its own")
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in trace.layers]
     handles += [layer.register_forward_hook(after) for layer in trace.layers]
     try:
-        _forward(model, 2, 1, past_key_values=trace.cache, use_cache=True)
+        trial_forward(model, 2, 1, past_key_values=trace.cache, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -234,7 +234,7 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
 # ---- head and norm
 
 
-def _near(got: Tensor, want: Tensor) -> bool:
+def near(got: Tensor, want: Tensor) -> bool:
     """Equal up to the rounding of products of another height."""
     if got.shape != want.shape:
         return False
@@ -255,12 +255,12 @@ def _head_form(model: Any, head: Any, trace: _Trace) -> HeadForm | None:
     if before != 1.0:  # the model multiplies by a power of its width, so a rounder number is nearby
         exact = read.shape[-1] ** -0.5
         before = exact if math.isclose(before, exact, rel_tol=1e-2) else before
-    if not _near(trace.normed * before, read):
+    if not near(trace.normed * before, read):
         raise ValueError(
             f"attach: expected the head of {type(model).__name__} to read what follows its last layer and norm, "
             "got another input"
         )
-    if head.weight.device.type == "meta" or not _near(F.linear(read, head.weight, getattr(head, "bias", None)), raw):
+    if head.weight.device.type == "meta" or not near(F.linear(read, head.weight, getattr(head, "bias", None)), raw):
         return None  # adapters, quantised weights: not a plain product
     config = model.config.get_text_config(decoder=True)
     softcap = getattr(config, SOFTCAP, None)
@@ -275,7 +275,7 @@ def _head_form(model: Any, head: Any, trace: _Trace) -> HeadForm | None:
             z = z + getattr(model, form.bias).float()
         if form.softcap is not None:
             z = form.softcap * torch.tanh(z / form.softcap)
-        if torch.equal(raw, logits) if form == HeadForm(before) else _near(z.to(logits.dtype), logits):
+        if torch.equal(raw, logits) if form == HeadForm(before) else near(z.to(logits.dtype), logits):
             return form
     return None
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["ATTENTION", "CACHE_KEYWORDS", "LOGIT_BIAS", "LOGIT_SCALES", "SOFTCAP"]
+__all__ = ["ATTENTION", "CACHE_KEYWORDS", "KEY_WISE", "LOGIT_BIAS", "LOGIT_SCALES", "OWN_ATTENTION", "SOFTCAP"]
 
 #: How a decoder layer calls its cache.
 CACHE_KEYWORDS = {"past_key_values", "past_key_value", "layer_past"}
+
+#: Arguments of a decoder layer whose last dimension is the keys that it attends to.
+KEY_WISE = ("attention_mask", "position_bias", "alibi")
 
 #: Configuration fields that say by what the head's output is multiplied, exactly (Cohere, Granite).
 LOGIT_SCALES: dict[str, Callable[[float], float]] = {"logit_scale": float, "logits_scaling": lambda s: 1.0 / s}
@@ -19,4 +22,7 @@ SOFTCAP = "final_logit_softcapping"
 LOGIT_BIAS = "final_logits_bias"
 
 #: Attention implementations whose arguments can be picked by rows.
-ATTENTION = ("eager", "sdpa")
+ATTENTION = ("eager", "sdpa", "exeunt")
+
+#: Model types that make a mask for whatever attention is chosen, and then attend in a way of their own.
+OWN_ATTENTION = ("bloom", "mpt")

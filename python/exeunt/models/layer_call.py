@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exeunt.models.families import CACHE_KEYWORDS
+from exeunt.models.attention import attend_apart, is_ranges, spelled_out
+from exeunt.models.families import CACHE_KEYWORDS, KEY_WISE
 
 __all__ = [
-    "CACHE_KEYWORD", "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "own_cache", "spread", "stand_in",
+    "CACHE_KEYWORD", "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "hide_keys", "own_cache", "spread",
+    "stand_in",
 ]  # fmt: skip
 
 CACHE_KEYWORD = "past_key_values"  # whatever a family calls it, here it is this
@@ -41,6 +43,7 @@ class RowTaker:
         self.batch, self.batched = batch, batched or {}
         # By the ids of tensor and rows; both are kept in the entry, so that their ids stay their own.
         self._taken: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._apart: dict[tuple[int, int, int], tuple[Tensor | None, Any, Tensor]] = {}
 
     def __call__(self, value: Any, rows: Tensor, name: str = "") -> Any:
         """``value`` of the argument ``name`` for ``rows``: tensors and tuples of tensors are picked."""
@@ -57,6 +60,15 @@ class RowTaker:
             picked = blocks.index_select(0, rows)
             self._taken[key] = (picked if times == 1 else picked.flatten(0, 1), value, rows)
         return self._taken[key][0]
+
+    def apart(self, mask: Any, rows: Tensor, length: int, seen: int) -> Tensor | None:
+        """A batch's mask for ``rows`` that attend to the cache as it lies; None if it has no such form."""
+        key = (id(mask), id(rows), seen)
+        if key not in self._apart:
+            picked = mask.index_select(0, rows) if is_ranges(mask) else mask
+            own = attend_apart(picked, rows, torch.full_like(rows, length), torch.full_like(rows, seen))
+            self._apart[key] = (own, mask, rows)
+        return self._apart[key][0]
 
 
 class KeyValues(NamedTuple):
@@ -90,23 +102,39 @@ class LayerCall:
         Shared by the layers of a step.
     cache : transformers.Cache
         What the layer is to see as its cache: a :func:`stand_in`.
+
+    Attributes
+    ----------
+    apart : bool
+        Whether the layer attends to rows of the cache as it lies, named by its mask (:mod:`exeunt.models.attention`):
+        then it is to be given the keys and values of all rows.
     """
 
-    __slots__ = ("arguments", "cache", "forward", "hidden", "take")
+    __slots__ = ("apart", "arguments", "cache", "forward", "hidden", "take")
 
     def __init__(
         self, forward: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any], take: RowTaker, cache: Any
     ) -> None:
         self.forward, self.hidden, self.arguments, self.take, self.cache = forward, hidden, arguments, take, cache
+        self.apart = False
         arguments[CACHE_KEYWORD] = cache  # a call may wait in the cache for long: it must not hold the cache in turn
 
-    def pick(self, rows: Tensor) -> LayerCall:
-        """The same call for some rows."""
+    def pick(self, rows: Tensor, apart: tuple[int, int] | None = None) -> LayerCall:
+        """The same call for some rows.
+
+        ``apart``: how many tokens there are, this one included, and how many of them the layer sees; for a model whose
+        layers can attend :attr:`apart`.
+        """
         arguments = {name: self.take(value, rows, name) for name, value in self.arguments.items()}
         take = RowTaker(len(rows), self.take.batched)
-        return LayerCall(
+        picked = LayerCall(
             self.forward, self.hidden.index_select(0, rows), arguments, take, _pick_cross(self.cache, rows)
         )
+        if apart is not None and arguments.get("position_bias") is None:
+            mask = self.take.apart(self.arguments.get("attention_mask"), rows, *apart)
+            if mask is not None:
+                arguments["attention_mask"], picked.apart = mask, True
+        return picked
 
     @staticmethod
     def join(calls: list[tuple[LayerCall, Tensor]]) -> LayerCall:
@@ -118,6 +146,53 @@ class LayerCall:
         arguments = {name: _joined([(c.arguments[name], c.take.batch, rows) for c, rows in calls])
                      for name in last.arguments}  # fmt: skip
         return LayerCall(last.forward, hidden, arguments, RowTaker(len(hidden), last.take.batched), last.cache)
+
+    @staticmethod
+    def together(
+        calls: list[tuple[LayerCall, Tensor, int]],
+        hidden: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        memo: dict[Any, Any],
+        apart: bool,
+    ) -> LayerCall:
+        """One call for rows of several calls of one layer, each of another token, that runs the layer as a whole.
+
+        Parameters
+        ----------
+        calls : list of (LayerCall, Tensor, int)
+            Of each token, earlier ones first: the layer's call, the [n_i] rows of it that run, and how many keys these
+            attend to. Keys of all rows are aligned at their end, so that each token is the last of what it sees.
+        hidden : Tensor
+            [n, 1, D] input of all these rows, n the sum of the n_i.
+        rows, slots : Tensor
+            [n] rows of the cache that they are now, and their places in it.
+        memo : dict
+            Arguments put together before for the same rows; the model gives many layers the same tensors.
+        apart : bool
+            Whether the model's layers can attend :attr:`apart`.
+        """
+        last, _, keys = calls[-1]
+        arguments, mask = {}, None
+        if apart and all(call.arguments.get("position_bias") is None for call, _, _ in calls):
+            key = ("apart", keys, *(id(call.arguments.get("attention_mask")) for call, _, _ in calls))
+            if key not in memo:
+                memo[key] = _apart(calls, rows, slots)
+            mask = memo[key]
+        for name in last.arguments:
+            if name == "attention_mask" and mask is not None:
+                arguments[name] = mask
+                continue
+            key = (name, keys, *(id(call.arguments[name]) for call, _, _ in calls))
+            if key not in memo:  # the calls hold the values, so their ids stay their own
+                parts = [_Part(call.arguments[name], call.take, own, seen) for call, own, seen in calls]
+                memo[key] = _stacked(name, parts, keys)
+            arguments[name] = memo[key]
+        joined = LayerCall(
+            last.forward, hidden, arguments, RowTaker(len(hidden), last.take.batched), _pick_cross(last.cache, rows)
+        )
+        joined.apart = mask is not None
+        return joined
 
     def capture(self) -> KeyValues:
         """Keys and values that the stock layer computes; nothing after them is run.
@@ -211,6 +286,37 @@ def _pick_cross(cache: Any, rows: Tensor) -> Any:
     return both
 
 
+def hide_keys(arguments: dict[str, Any], absent: Tensor) -> dict[str, Any]:
+    """Arguments of a layer with some keys of some rows hidden from attention.
+
+    Parameters
+    ----------
+    arguments : dict
+        What the model gave the layer.
+    absent : Tensor
+        [B, K] bool: keys that the layer must not see.
+    """
+    hidden, count = absent[:, None, None, :], absent.shape[1]
+    changed = dict(arguments)
+    for name in KEY_WISE:
+        value = arguments.get(name)
+        if is_ranges(value):
+            value = spelled_out(value, count)
+        if name == "attention_mask" and value is None:
+            changed[name] = ~hidden  # only torch's own attention does without a mask: True is seen there
+        elif isinstance(value, Tensor) and value.dim() == 4 and value.shape[-1] >= count:
+            value = value[..., :count]  # some families' masks are longer than the keys
+            changed[name] = torch.where(hidden, _masked(value), value)
+    return changed
+
+
+def _masked(mask: Tensor) -> Tensor:
+    """What a mask or bias [..., K] says of a key that is not attended to; the last key of the last query always is."""
+    if mask.dtype == torch.bool:
+        return ~mask[..., -1:, -1:]
+    return mask.new_tensor(torch.finfo(mask.dtype).min)
+
+
 class LayerFunction:
     """A decoder layer's forward as it is now, called the same way in every family: ``function(hidden, **arguments)``.
 
@@ -255,3 +361,72 @@ def _joined(parts: list[tuple[Any, int, Tensor]]) -> Any:
         # that they are there (Falcon tells rotary from ALiBi by it); if something did, it would fail.
         return last.new_empty(0)
     return torch.cat([v.expand(batch, *v.shape[1:]).index_select(0, rows) for v, batch, rows in parts])
+
+
+def _apart(calls: list[tuple[LayerCall, Tensor, int]], rows: Tensor, slots: Tensor) -> Tensor | None:
+    """The mask of several tokens' rows that attend to the cache as it lies, if all their masks have such a form."""
+    found, start = [], 0
+    for call, own, seen in calls:
+        mask, count = call.arguments.get("attention_mask"), len(own)
+        here, ends = rows[start : start + count], slots[start : start + count] + 1
+        picked = mask.index_select(0, own) if is_ranges(mask) else mask
+        found.append(attend_apart(picked, here, ends, torch.full_like(ends, seen)))
+        start += count
+    return None if any(part is None for part in found) else torch.cat(found)  # type: ignore[arg-type]
+
+
+class _Part(NamedTuple):
+    """One argument of one token's call: its rows, and how many keys these attend to."""
+
+    value: Any
+    take: RowTaker
+    rows: Tensor
+    seen: int
+
+
+def _stacked(name: str, parts: list[_Part], keys: int) -> Any:
+    """One argument of calls for several tokens for all their rows, each of which attends to the last of ``keys``."""
+    last = parts[-1].value
+    if isinstance(last, tuple):
+        return tuple(_stacked(name, [p._replace(value=p.value[k]) for p in parts], keys) for k in range(len(last)))
+    if name == "attention_mask":
+        parts = [p._replace(value=spelled_out(p.value, p.seen)) if is_ranges(p.value) else p for p in parts]
+        parts = _spelled_out(parts, keys)
+        last = parts[-1].value
+    times = parts[-1].take.batched.get(name, 1)
+    whole = parts[-1].take.batch * times
+    if not isinstance(last, Tensor) or last.dim() < 2 or not times or last.shape[0] not in (1, whole):
+        return last  # of no row in particular
+    found = []
+    for value, take, rows, seen in parts:
+        blocks = value.expand(take.batch * times, *value.shape[1:]).unflatten(0, (take.batch, times))
+        picked = blocks.index_select(0, rows).flatten(0, 1)
+        # Some families' masks are longer than the keys, and they cut off the end (GPT-J on transformers 4.57).
+        found.append(_aligned(picked[..., :seen], keys, name) if name in KEY_WISE else picked)
+    return torch.cat(found)
+
+
+def _spelled_out(parts: list[_Part], keys: int) -> list[_Part]:
+    """Masks of which some are None, which hides nothing: that has to be said once rows see keys of different number."""
+    given = next((p.value for p in parts if p.value is not None), None)
+    if all(p.value is not None or p.seen == keys for p in parts) and given is None:
+        return parts
+    kind = torch.bool if given is None else given.dtype
+    device = parts[-1].rows.device
+
+    def visible(seen: int) -> Tensor:
+        mask = torch.zeros(1, 1, 1, seen, dtype=kind, device=device)
+        return mask if given is None or kind != torch.bool else mask | given[..., -1:, -1:].flatten()[0]
+
+    if given is None:  # torch's own attention: True is seen
+        return [p._replace(value=torch.ones(1, 1, 1, p.seen, dtype=kind, device=device)) for p in parts]
+    return [p if p.value is not None else p._replace(value=visible(p.seen)) for p in parts]
+
+
+def _aligned(mask: Tensor, keys: int, name: str) -> Tensor:
+    """A mask or bias [..., k] for ``keys`` keys, of which the last k are those that it is for."""
+    missing = keys - mask.shape[-1]
+    if missing <= 0:
+        return mask
+    fill = mask.new_zeros(()) if name == "alibi" else _masked(mask)  # alibi only adds to what the mask decides
+    return torch.cat((fill.expand(*mask.shape[:-1], missing), mask), -1)

@@ -166,7 +166,15 @@ class Structure:
         # A bias goes in for the statistics and comes out again: in float32 that costs the product nothing.
         return (batch, self.weight.shape[0]), state.dtype if self.bias is None else torch.float32
 
-    def exit_stats(self, state: Tensor, *, rows: Tensor | None = None, logits_out: Tensor | None = None) -> ExitStats:
+    def exit_stats(
+        self,
+        state: Tensor,
+        *,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        topk: int = 0,
+        logits_out: Tensor | None = None,
+    ) -> ExitStats:
         """Statistics of the logits that the model would give for a layer's output, by one read of the head.
 
         Parameters
@@ -175,6 +183,10 @@ class Structure:
             [N, D] states, before the last norm.
         rows : Tensor, optional
             Only these of them.
+        columns : Tensor, optional
+            [K] ids: only these words.
+        topk : int, default 0
+            How many of the largest logits are wanted too.
         logits_out : Tensor, optional
             [N, V] (:meth:`logits_buffer`): receives the head's own output, to be passed to :meth:`raw`.
         """
@@ -202,8 +214,24 @@ class Structure:
             scale=form.scale,
             softcap=form.softcap,
             rows=rows,
+            columns=columns,
+            topk=topk,
             logits_out=logits_out,
         )
+
+    def candidate_logits(self, state: Tensor, ids: Tensor) -> Tensor:
+        """Logits [N, k] float32 of words ids [N, k], each row's own, for states [N, D]; no other word is read."""
+        assert self.form is not None
+        found = []
+        for some, own in zip(state.split(16), ids.split(16), strict=True):  # a block reads the words of all its rows
+            n, k = own.shape
+            raw = some.new_empty((n, n * k), dtype=torch.float32)
+            self.exit_stats(some, columns=own.flatten(), logits_out=raw)
+            each = torch.arange(n, device=raw.device)
+            found.append(raw.view(n, n, k)[each, each] * self.form.scale)
+        logits = torch.cat(found) if found else state.new_empty(ids.shape, dtype=torch.float32)
+        cap = self.form.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def raw(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """What the head itself gives, of a buffer that :meth:`exit_stats` wrote; the model's own tail still applies."""

@@ -29,7 +29,12 @@ def _module(name: str) -> ModuleType | None:
 cpu = _module("_cpu")
 cuda = _module("_cuda")
 if cpu is not None:
-    cpu.select_isa(os.environ.get("EXEUNT_MAX_ISA", ""))
+    try:
+        cpu.select_isa(os.environ.get("EXEUNT_MAX_ISA", ""))
+    except ValueError as error:
+        # An import that fails shows a page of frames; the sentence, and a library that works, serve better.
+        cpu.select_isa("")
+        warnings.warn(f"{error}: ignored, the best of this machine ({cpu.isa()}) serves", stacklevel=1)
 
 
 def kernels(device: torch.device) -> ModuleType | None:

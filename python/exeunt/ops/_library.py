@@ -16,14 +16,16 @@ def define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[.
     The first argument is the one that may require a gradient.
     """
 
-    def autograd(hidden: torch.Tensor, *args: Any) -> Any:
-        if torch.is_grad_enabled() and hidden.requires_grad:
+    first = schema.removeprefix("(Tensor ").partition(",")[0]
+
+    def autograd(input: torch.Tensor, *args: Any) -> Any:
+        if torch.is_grad_enabled() and input.requires_grad:
             raise RuntimeError(
-                f"{name} has no gradient and hidden requires one: call it under torch.no_grad(), or use "
+                f"{name} has no gradient and {first} requires one: call it under torch.no_grad(), or use "
                 f"exeunt.reference.{name}, which is differentiable"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.exeunt, name)(hidden, *args)
+            return getattr(torch.ops.exeunt, name)(input, *args)
 
     _lib.define(name + schema)
     _lib.impl(name, forward, "CompositeExplicitAutograd")

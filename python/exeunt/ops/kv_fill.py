@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,48 +76,74 @@ def kv_fill(
     """
     until = len(stack) if until is None else until
     _check(hidden, from_layer, rows, slots, stack, cache, until)
-    places = _places(from_layer, rows, slots, cache, until)
-    tables, size = _rotary_by_layer(rotary, hidden.shape[0], stack)
-    if not places:
+    count = hidden.shape[0]
+    pairs, size = _rotary_by_layer(rotary, count, stack)
+    kernel = stack.kernel
+    if kernel is None:
+        _refer(hidden, from_layer, rows, slots, stack, cache, rotary, until)
         return
-    cpu = _backend.cpu
-    if cpu is None or hidden.device.type != "cpu":
-        from exeunt import reference
-
-        _backend.warn_fallback("kv_fill", hidden.device)
-        reference.kv_fill(hidden, from_layer, rows, slots, stack, cache, rotary=rotary, until=until)
-        return
-    held: dict[int, Tensor] = {}  # float32 copies of the tables, by the ids of what the caller keeps
-    addresses = [0 if t is None else _address(t, held) for pair in tables for t in pair or (None, None)]
-    from_list, source, row_list, slot_list = zip(*places, strict=True)
-    threads, code = torch.get_num_threads(), _backend.DTYPES[stack.dtype]
-    need = cpu.kv_fill_workspace(code, len(places), stack.width, until - from_list[0], stack.head_size, threads)
-    space = torch.empty(need + 63, dtype=torch.uint8)
-    cpu.kv_fill(
-        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), stack.width, stack.heads, stack.head_size,
-        size, source, from_list, row_list, slot_list, code, _backend.NORMS[stack.norm], stack.eps,
-        _backend.NORMS[stack.key_norm], stack.key_eps, stack.shift, stack.interleaved, stack.table.data_ptr(),
-        cache.table.data_ptr(), addresses, until, (space.data_ptr() + 63) & ~63, threads,
+    addresses, code, held = _addresses(pairs)
+    index = [t if t.is_contiguous() else t.contiguous() for t in (from_layer, rows, slots)]
+    threads = torch.get_num_threads()
+    need = kernel.workspace(count, threads) + 63
+    spaces = stack.spaces
+    space = spaces.pop() if spaces else torch.empty(need, dtype=torch.uint8)
+    if len(space) < need:
+        space = torch.empty(need, dtype=torch.uint8)
+    places, capacities = cache.addresses
+    kernel.fill(
+        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0),
+        (index[0].data_ptr(), index[1].data_ptr(), index[2].data_ptr(), count, until, cache.batch, capacities),
+        places, addresses, code, size, (space.data_ptr() + 63) & ~63, threads,
     )  # fmt: skip
+    spaces.append(space)
+    del held  # copies of tables, which the kernel has read now
 
 
-def _address(table: Tensor, held: dict[int, Tensor]) -> int:
-    if table.dtype == torch.float32 and table.is_contiguous():
-        return table.data_ptr()
-    if id(table) not in held:
-        held[id(table)] = table.float().contiguous()
-    return held[id(table)].data_ptr()
+def _refer(
+    hidden: Tensor, from_layer: Tensor, rows: Tensor, slots: Tensor, stack: KVStack, cache: KVCache, rotary: Any,
+    until: int,
+) -> None:  # fmt: skip
+    """The reference, with the places checked as the kernel checks them."""
+    from exeunt import reference
+
+    _backend.warn_fallback("kv_fill", hidden.device)
+    if _backend.cpu is not None:
+        index = [t.cpu().contiguous() for t in (from_layer, rows, slots)]
+        listed = (*(t.data_ptr() for t in index), len(hidden), until, cache.batch, cache.addresses[1])
+        _backend.cpu.kv_fill_check(listed, len(stack))
+    reference.kv_fill(hidden, from_layer, rows, slots, stack, cache, rotary=rotary, until=until)
+
+
+def _addresses(pairs: Sequence[Rotary | None]) -> tuple[list[int], int, list[Tensor]]:
+    """Addresses of the tables, their dtype's code, and what must live until they have been read."""
+    dtypes = {table.dtype for pair in pairs if pair is not None for table in pair}
+    if not dtypes:
+        return [], 0, []
+    dtype = dtypes.pop()
+    if dtypes or dtype not in _backend.DTYPES:
+        dtype = torch.float32
+    made: dict[int, Tensor] = {}  # by the ids of what the caller keeps
+    addresses = []
+    for pair in pairs:
+        for table in pair or (None, None):
+            if table is not None and not (table.dtype == dtype and table.is_contiguous()):
+                if id(table) not in made:
+                    made[id(table)] = table.to(dtype).contiguous()
+                table = made[id(table)]
+            addresses.append(0 if table is None else table.data_ptr())
+    return addresses, _backend.DTYPES[dtype], list(made.values())
 
 
 def _rotary_by_layer(
     rotary: Rotary | Sequence[Rotary | None] | None, count: int, stack: KVStack
 ) -> tuple[Sequence[Rotary | None], int]:
-    """Tables of each layer (nothing where none has any), and R."""
+    """Tables of each layer, or one pair for all of them, or none; and R."""
     if rotary is None:
         return (), 0
     if len(rotary) == 2 and isinstance(rotary[0], Tensor):
-        rotary = [rotary] * len(stack)  # type: ignore[list-item]
-    if len(rotary) != len(stack):
+        rotary = (rotary,)  # type: ignore[assignment]
+    elif len(rotary) != len(stack):
         raise ValueError(f"kv_fill: rotary must be one (cos, sin) or one for each of {len(stack)}, got {len(rotary)}")
     checked, size = None, 0
     for pair in rotary:
@@ -152,29 +179,7 @@ def _check(
     for name, t in (("from_layer", from_layer), ("rows", rows), ("slots", slots)):
         if t.shape != (count,) or t.dtype != torch.int64:
             raise ValueError(f"kv_fill: {name} must be [{count}] int64, got {[*t.shape]} {t.dtype}")
-    wanted = layers, stack.heads, stack.head_size, stack.dtype, stack.device
-    if (len(cache), cache.heads, cache.head_size, cache.dtype, cache.device) != wanted:
+    if cache.kind != stack.kind:
         raise ValueError(
             f"kv_fill: expected a cache that fits {stack} on {stack.device}, got {cache} on {cache.device}"
         )
-
-
-def _places(
-    from_layer: Tensor, rows: Tensor, slots: Tensor, cache: KVCache, until: int
-) -> list[tuple[int, int, int, int]]:
-    """(first layer, row of hidden, row, slot) sorted, without padding and without what skipped nothing below until."""
-    first = from_layer.tolist()
-    if first and (min(first) < 0 or max(first) > len(cache)):
-        raise ValueError(f"kv_fill: from_layer must lie in 0..{len(cache)}, got {first}")
-    found = enumerate(zip(first, rows.tolist(), slots.tolist(), strict=True))
-    places = sorted((layer, n, row, slot) for n, (layer, row, slot) in found if slot >= 0 and layer < until)
-    if len({place[2:] for place in places}) < len(places):
-        raise ValueError("kv_fill: expected each (row, slot) of the cache at most once, got one of them twice")
-    room = min(cache.capacities[places[0][0] : until]) if places else 0
-    for _, _, row, slot in places:
-        if not (0 <= row < cache.batch and slot < room):
-            raise ValueError(
-                f"kv_fill: expected places within a cache of {cache.batch} rows by {room} slots, "
-                f"got row {row}, slot {slot}"
-            )
-    return places

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from exeunt.ops import _backend
 from exeunt.ops._backend import DTYPES, NORMS, pointer
 
 __all__ = ["KVCache", "KVLayer", "KVStack"]
@@ -102,6 +104,8 @@ class KVStack:
             raise TypeError(f"KVStack: key must be float32, bfloat16 or float16, got {first.dtype}")
         self.heads, self.head_size, self.width = first.shape
         self.dtype, self.device = first.dtype, first.device
+        #: What a cache must have in common with it, as ``KVCache.kind``.
+        self.kind = len(self.layers), self.heads, self.head_size, self.dtype, self.device
         for index, layer in enumerate(self.layers):
             self._check(index, layer)
 
@@ -143,6 +147,21 @@ class KVStack:
     def table(self) -> Tensor:
         """[L, 14] int64: a ``KvLayer`` of csrc/core/params.h a row."""
         return torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64)
+
+    @cached_property
+    def kernel(self) -> Any:
+        """``_cpu.KvFill`` over the table; None where this build has no kernel for the stack's device."""
+        if _backend.cpu is None or self.device.type != "cpu":
+            return None
+        return _backend.cpu.KvFill(
+            self.width, self.heads, self.head_size, DTYPES[self.dtype], NORMS[self.norm], self.eps,
+            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, len(self), self.table.data_ptr(),
+        )  # fmt: skip
+
+    @cached_property
+    def spaces(self) -> list[Tensor]:
+        """Workspaces that no call is using: memory that is kept needs no fresh pages."""
+        return []
 
 
 def _fields(layer: KVLayer) -> list[int]:
@@ -213,6 +232,11 @@ class KVCache:
         self.keys, self.values = tuple(keys), tuple(values)
         #: [L, 8] int64: a ``KvPlace`` of csrc/core/params.h a row.
         self.table = torch.tensor(fields, dtype=torch.int64)
+        self._slots = torch.tensor(self.capacities, dtype=torch.int64)
+        #: Layers, heads, head size, dtype and device: what a stack must have in common with its cache.
+        self.kind = len(fields), self.heads, self.head_size, self.dtype, self.device
+        #: Addresses of the table and of the capacities.
+        self.addresses = self.table.data_ptr(), self._slots.data_ptr()
 
     def __len__(self) -> int:
         """Layers."""

@@ -112,7 +112,7 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
 
 def _huge_pages(size: int, dtype: torch.dtype) -> Tensor:
     """``size`` bytes on huge pages where the system has them: a head is read from end to end."""
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from exeunt import reference
 from exeunt.ops import _backend, _library
 
-_ACTIVATIONS = {"none": 0, "tanh": 1, "relu": 2, "sigmoid": 3}
+ACTIVATIONS = {"none": 0, "tanh": 1, "relu": 2, "sigmoid": 3}
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? pooler_weight, Tensor? pooler_bias, str activation, "
     "str final, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
@@ -195,31 +195,17 @@ def _check(
     norm_bias: Tensor | None,
     eps: float,
 ) -> None:
-    shape = hidden.shape
-    if len(shape) != 2:
-        raise ValueError(f"small_head: hidden must have shape [N, D], got {list(shape)}")
-    if hidden.dtype not in _backend.DTYPES:
-        raise TypeError(f"small_head: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
-    d = inner = shape[1]
-    if pooler_weight is not None:
-        _check_matrix("pooler_weight", pooler_weight, d, hidden)
-        inner = pooler_weight.shape[0]
-        if pooler_weight.dtype != weight.dtype:
-            raise TypeError(f"small_head: pooler_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
-    elif pooler_bias is not None:
-        raise ValueError("small_head: pooler_bias needs a pooler_weight, got none")
-    _check_matrix("weight", weight, inner, hidden)
-    if bias is not None:
-        _backend.check_vector("small_head", "bias", bias, weight.shape[0], hidden)
-    if pooler_bias is not None:
-        _backend.check_vector("small_head", "pooler_bias", pooler_bias, inner, hidden)
+    if hidden.dim() != 2:
+        raise ValueError(f"small_head: hidden must have shape [N, D], got {list(hidden.shape)}")
+    check_layers("small_head", hidden, weight, bias, pooler_weight, pooler_bias)
+    d = hidden.shape[1]
     if norm_weight is not None:
         _backend.check_vector("small_head", "norm_weight", norm_weight, d, hidden)
     if norm_bias is not None:
         _backend.check_vector("small_head", "norm_bias", norm_bias, d, hidden)
-    if activation not in _ACTIVATIONS or final not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS or final not in ACTIVATIONS:
         raise ValueError(
-            f"small_head: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}, {final!r}"
+            f"small_head: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}, {final!r}"
         )
     if norm not in _backend.NORMS:
         raise ValueError(f"small_head: norm must be None, 'rms' or 'layer', got {norm!r}")
@@ -227,16 +213,41 @@ def _check(
         raise ValueError(f"small_head: eps must be finite and not negative, got {eps}")
 
 
-def _check_matrix(name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
+def check_layers(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pooler_weight: Tensor | None,
+    pooler_bias: Tensor | None,
+) -> None:
+    """Raise unless a head, and a pooler before it, fit states [..., D]."""
+    if hidden.dtype not in _backend.DTYPES:
+        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
+    inner = hidden.shape[-1]
+    if pooler_weight is not None:
+        _check_matrix(op, "pooler_weight", pooler_weight, inner, hidden)
+        inner = pooler_weight.shape[0]
+        if pooler_weight.dtype != weight.dtype:
+            raise TypeError(f"{op}: pooler_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
+    elif pooler_bias is not None:
+        raise ValueError(f"{op}: pooler_bias needs a pooler_weight, got none")
+    _check_matrix(op, "weight", weight, inner, hidden)
+    if bias is not None:
+        _backend.check_vector(op, "bias", bias, weight.shape[0], hidden)
+    if pooler_bias is not None:
+        _backend.check_vector(op, "pooler_bias", pooler_bias, inner, hidden)
+
+
+def _check_matrix(op: str, name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
     if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] < 1:
-        raise ValueError(f"small_head: {name} must have shape [V, {inputs}] with V >= 1, got {list(weight.shape)}")
+        raise ValueError(f"{op}: {name} must have shape [V, {inputs}] with V >= 1, got {list(weight.shape)}")
     if weight.dtype not in (torch.float32, hidden.dtype) or weight.device != hidden.device:
         raise TypeError(
-            f"small_head: {name} must be float32 or {hidden.dtype} on {hidden.device}, "
-            f"got {weight.dtype} on {weight.device}"
+            f"{op}: {name} must be float32 or {hidden.dtype} on {hidden.device}, got {weight.dtype} on {weight.device}"
         )
     if inputs > 1 and weight.stride(1) != 1:
-        raise ValueError(f"small_head: {name} must have unit stride along its rows, got strides {weight.stride()}")
+        raise ValueError(f"{op}: {name} must have unit stride along its rows, got strides {weight.stride()}")
 
 
 def _forward(
@@ -260,31 +271,43 @@ def _forward(
             final=final, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
         )  # fmt: skip
     n, d = hidden.shape
-    v, inner = weight.shape
-    out = torch.empty((n, v), dtype=torch.float32, device=hidden.device)
+    out = torch.empty((n, weight.shape[0]), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return out
     if d > 1 and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    vector, matrix = _backend.vector_arg, _backend.weight_arg
-    pooler = _NO_LAYER
-    place = _backend.place(hidden.device)
-    if hidden.is_cuda:
-        sizes = (_backend.DTYPES[weight.dtype], n, d, 0 if pooler_weight is None else inner)
-        workspace = torch.empty(kernels.small_head_workspace(*sizes), dtype=torch.uint8, device=hidden.device)
-        place = (workspace.data_ptr(), *place)
-    if pooler_weight is not None:
-        pooler = (matrix(pooler_weight), vector(pooler_bias), inner, d, _ACTIVATIONS[activation])
+    vector, place = _backend.vector_arg, _backend.place(hidden.device)
+    pooler = layer_arg(pooler_weight, pooler_bias, activation)
+    if hidden.is_cpu:
+        workspace = workspace_for(weight, d, pooler, *place)
+    else:
+        size = kernels.small_head_workspace(_backend.DTYPES[weight.dtype], n, d, pooler[2])
+        workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
     kernels.small_head(
         hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _backend.NORMS[norm],
-        vector(norm_weight), vector(norm_bias), eps, pooler,
-        (matrix(weight), vector(bias), v, inner, _ACTIVATIONS[final]),
-        out.data_ptr(), *place,
+        vector(norm_weight), vector(norm_bias), eps, pooler, layer_arg(weight, bias, final),
+        out.data_ptr(), workspace.data_ptr(), *place,
     )  # fmt: skip
     return out
 
 
-_NO_LAYER = ((0, 0, False, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
+Layer = tuple[tuple[int, int, bool, int, int, int, int], tuple[int, int, int], int, int, int]
+_NO_LAYER: Layer = ((0, 0, False, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
+
+
+def layer_arg(weight: Tensor | None, bias: Tensor | None, activation: str) -> Layer:
+    """A layer, or none, as the binding wants it."""
+    if weight is None:
+        return _NO_LAYER
+    v, inputs = weight.shape
+    return _backend.weight_arg(weight), _backend.vector_arg(bias), v, inputs, ACTIVATIONS[activation]
+
+
+def workspace_for(weight: Tensor, width: int, pooler: Layer, threads: int) -> Tensor:
+    """Scratch of the kernel for heads of that weight's dtype on rows of that width."""
+    assert _backend.cpu is not None
+    size = _backend.cpu.small_head_workspace(_backend.DTYPES[weight.dtype], width, pooler[2], threads)
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ It goes into a recipe like the others: ``exeunt.recipes.Recipe(exits=(3, 7), pol
 """
 
 from exeunt.policies.accumulate import Accumulate, Halting
+from exeunt.policies.adaptive import Adaptive
 from exeunt.policies.depth import Falling, FixedDepth, Oracle
 from exeunt.policies.labels import Patience, Vote, Window
 from exeunt.policies.protocol import At, Evidence, FirstOf, Policy, Position, State, keep
@@ -55,6 +56,7 @@ from exeunt.policies.threshold import Decay, Threshold
 
 __all__ = [
     "Accumulate",
+    "Adaptive",
     "At",
     "Decay",
     "Evidence",

@@ -133,6 +133,13 @@ class Policy:
         """Whether ``step`` has to see this exit."""
         return True
 
+    def bound(self, at: At) -> float | None:
+        """What a row's score must reach to leave here, where that is all that :meth:`step` looks at; else None.
+
+        With it, a kernel that has the score may decide on its own, unless the score lies close to the bound.
+        """
+        return None
+
     def start(self, rows: int, device: torch.device | str | None = None, classes: int | None = None) -> State:
         """State of rows that have passed no exit yet.
 

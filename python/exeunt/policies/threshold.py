@@ -132,6 +132,12 @@ class Threshold(Policy):
         """Whether rows may leave here, or full depth may come back to what they show."""
         return self.answers or self._opens(at)
 
+    def bound(self, at: At) -> float | None:
+        """The threshold, unless it changes or the most confident exit may have to be remembered."""
+        if self.answers or self.positional or not self._opens(at):
+            return None
+        return self.value[at.exit] if isinstance(self.value, tuple) else self.value
+
     def _opens(self, at: At) -> bool:
         return at.layer >= self.min_exit and (at.layer - self.min_exit) % self.interval == 0
 

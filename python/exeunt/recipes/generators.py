@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
-from exeunt.confidence import Confidence, measure
+from torch import Tensor
+
+from exeunt.confidence import Confidence, candidate_probe, measure
 from exeunt.heads import ExitHeads
-from exeunt.policies import Decay, Falling, FixedDepth, Threshold
+from exeunt.policies import Adaptive, Decay, Falling, FixedDepth, Policy, Threshold
 from exeunt.recipes.recipe import Recipe
-from exeunt.states import Propagate
+from exeunt.states import Defer, Propagate, TokenState
 
 __all__ = ["calm", "free", "skipdecode", "specee"]
 
@@ -83,25 +86,34 @@ def free(
     threshold: float = 0.9,
     *,
     confidence: str | Confidence = "margin",
+    adaptive: bool = False,
     heads: ExitHeads | None = None,
-    state: Propagate | None = None,
+    state: TokenState | None = None,
+    as_code: bool = False,
 ) -> Recipe:
     """FREE: Fast and Robust Early Exiting (Bae et al., EMNLP 2023).
 
-    Two depths only: a token leaves at the shallow exit if its confidence exceeds the threshold.
+    Two depths only: a token leaves at the shallow exit if its confidence exceeds the threshold. Tokens that left run
+    through the deep layers together with the next one that stays (synchronised parallel decoding).
 
     Parameters
     ----------
     exit : int
         The layer after which a token may leave, 0-based.
     threshold : float, default 0.9
-        lambda; from :func:`exeunt.calibration.beta_mixture`, for instance.
+        lambda; with ``adaptive`` the one to begin with.
     confidence : str or Confidence, default "margin"
         ``probe`` is its other measure.
+    adaptive : bool, default False
+        Refit the threshold before each new sequence to what the deep layers said of tokens so far
+        (:class:`exeunt.policies.Adaptive` with :func:`exeunt.calibration.beta_mixture`). It costs one more read of the
+        head with every deep pass. The policy learns: one recipe for one task.
     heads : ExitHeads, optional
         Trained exit heads.
-    state : Propagate, optional
-        What skipped layers remember.
+    state : Propagate, Defer, Recompute or Evict, optional
+        What skipped layers remember; by default Defer, as published.
+    as_code : bool, default False
+        With ``adaptive``, the fit of the released code.
 
     Returns
     -------
@@ -109,32 +121,44 @@ def free(
 
     Notes
     -----
-    **Published.** Exit after 6 of 24 layers (8 of 24 for T5-3B); 0.9 at first, then refitted as tokens come.
-    **Deviations.** Skipped layers are filled in by propagation, lazily: the paper's synchronised parallel decoding,
-    which runs the tokens that left through the deep layers together with the next that stays, is a state strategy that
-    is still to come. The released code falls back to 0.9 where its mixture finds no threshold
-    (`calibration.beta_mixture`, ``as_code=True``), and its margin is read with one synchronisation a token.
+    **Published.** Exit after 6 of 24 layers (8 of 24 for T5-3B); 0.9 at first, then refitted before each of the first
+    300 sequences.
+    **Deviations.** Rows of a batch decide for themselves, and each goes deep with as many waiting tokens as it has
+    (there: batch 1). At most 32 tokens of a row wait (there: without bound). The fit is a real
+    expectation-maximisation, and where no threshold is found no token leaves, so that the next sequence brings new
+    evidence; the released code falls back to 0.9, where it stays (``as_code=True``). Its margin is read with one
+    synchronisation a token. The rollback of tokens that the deep layers contradict is not part of it.
 
     Examples
     --------
     >>> import exeunt
     >>> exeunt.recipes.free(5).policy
     Threshold(value=0.9, decay=None, strict=True, ...)
+    >>> exeunt.recipes.free(5, adaptive=True).policy.threshold
+    0.9
     """
-    policy = Threshold(threshold, strict=True)
-    return Recipe((exit,), measure(confidence), policy, state or Propagate(lazy=True), heads)
+    policy: Policy = Threshold(threshold, strict=True)
+    if adaptive:
+        from exeunt.calibration.beta_mixture import beta_mixture  # here, since calibration builds on recipes
+
+        policy = Adaptive(functools.partial(beta_mixture, as_code=as_code), threshold)
+    return Recipe((exit,), measure(confidence), policy, state or Defer(), heads)
 
 
 def specee(
     exits: Iterable[int] | None = None,
     threshold: float = 0.5,
     *,
+    count: int = 4,
+    draft: Callable[[Tensor], Tensor] | None = None,
     heads: ExitHeads | None = None,
     lazy: bool = False,
+    state: TokenState | None = None,
 ) -> Recipe:
     """SpecEE (Xu et al., ISCA 2025).
 
-    A token leaves at the first exit at which a probe says that the answer is there.
+    A token leaves at the first exit at which a probe, reading the logits of a few candidates, says that the answer is
+    there, and the whole head then says one of them.
 
     Parameters
     ----------
@@ -142,10 +166,17 @@ def specee(
         Layers after which a token may leave, 0-based; by default those of ``heads``.
     threshold : float, default 0.5
         Of the probe.
-    heads : ExitHeads, optional
-        With a probe at every exit.
+    count : int, default 4
+        Candidates, 2 to 8.
+    draft : callable, optional
+        Names them: from the states [n, D] after the first exit's layer to ids [n, count]. By default they are the
+        words with the largest logits there.
+    heads : ExitHeads
+        With a :class:`exeunt.heads.CandidateProbe` at every exit (:func:`exeunt.training.train_candidate_probes`).
     lazy : bool, default False
         As in :func:`calm`.
+    state : TokenState, optional
+        What skipped layers remember instead: ``states.Evict()`` as the published code has it.
 
     Returns
     -------
@@ -153,24 +184,26 @@ def specee(
 
     Notes
     -----
-    **Published.** 0.5; layers 15, 16, 17, 19, 21, 24, 26 and 28 of Llama-2-7B and those near the last five exits.
-    **Deviations.** The probe reads the exit state. The published one reads the logits of four candidates that a draft
-    model proposes, their probabilities, and how these have changed since the last check; and an exit counts only if the
-    full head then agrees. Neither is built. Skipped layers get keys and values (there they miss the token, so that
-    layers differ in length).
+    **Published.** 0.5; layers 15, 16, 17, 19, 21, 24, 26 and 28 of Llama-2-7B and those near the last five exits; the
+    predictor has one hidden layer of 512.
+    **Deviations.** The candidates come from the first exit, by one read of the head, where the paper has EAGLE's draft
+    model (a ``draft`` of yours takes its place). All exits are looked at: those near the last ones of a generation are
+    not chosen as it runs. Skipped layers get keys and values unless ``state`` says otherwise; there they miss the
+    token, so that layers differ in length.
 
     Examples
     --------
     >>> import exeunt
-    >>> from exeunt.heads import ExitHead, ExitHeads, Probe
-    >>> exeunt.recipes.specee(heads=ExitHeads({4: ExitHead(probe=Probe(16))})).policy.value
-    0.5
+    >>> from exeunt.heads import CandidateProbe, ExitHead, ExitHeads
+    >>> recipe = exeunt.recipes.specee(heads=ExitHeads({e: ExitHead(candidates=CandidateProbe()) for e in (4, 7)}))
+    >>> recipe.measures, recipe.policy.value, recipe.candidates.count
+    ('candidate_probe', 0.5, 4)
     """
     exits = heads if exits is None else exits
     if exits is None:
         raise ValueError("specee: give exits, or heads that have them, got neither")
     policy = Threshold(threshold, strict=True)
-    return Recipe(tuple(sorted(exits)), measure("probe"), policy, Propagate(lazy), heads)
+    return Recipe(tuple(sorted(exits)), candidate_probe(count, draft), policy, state or Propagate(lazy), heads)
 
 
 def skipdecode(

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from exeunt.candidates import Candidates
 from exeunt.confidence import Confidence, ExitPoint
 from exeunt.heads import ExitHead, ExitHeads
 from exeunt.policies import At, Evidence, Policy, State
-from exeunt.states import Drop, Propagate
+from exeunt.states import Drop, TokenState
 
 __all__ = ["Recipe"]
 
@@ -30,7 +31,7 @@ class Recipe:
         What is measured there; None for policies that read no score.
     policy : Policy
         What is decided from it.
-    state : Propagate or Drop
+    state : Propagate, Defer, Recompute, Evict or Drop
         What the skipped layers remember.
     heads : ExitHeads or None
         Exit heads by layer; an exit without one uses the model's own norm and head.
@@ -47,7 +48,7 @@ class Recipe:
     exits: tuple[int, ...] | None
     confidence: Confidence | None
     policy: Policy
-    state: Propagate | Drop
+    state: TokenState | Drop
     heads: ExitHeads | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +68,14 @@ class Recipe:
             bare = [e for e in self.exits if self.head(e).probe is None]
             if bare:
                 raise ValueError(f"confidence 'probe' needs exit heads with a probe at exits {bare}, got none there")
+        if self.candidates is not None:
+            k = self.candidates.count
+            probes = {e: getattr(self.head(e), "candidates", None) for e in self.exits}
+            bare = [e for e, probe in probes.items() if probe is None or probe.count != k]
+            if bare:
+                raise ValueError(
+                    f"confidence 'candidate_probe' needs exit heads with a probe of {k} candidates at {bare}"
+                )
 
     def _check_policy(self, exits: int | None) -> None:
         measure = self.confidence
@@ -91,11 +100,18 @@ class Recipe:
         """Whether an exit check needs the statistics of the exit's logits."""
         return (self.confidence is not None and self.confidence.reads_head) or bool(self.policy.needs - {"score"})
 
+    @property
+    def candidates(self) -> Candidates | None:
+        """Words that stand for the vocabulary at an exit check, where the measure asks for some."""
+        return None if self.confidence is None else self.confidence.candidates
+
     def start(self, rows: int, device: torch.device | str | None = None, classes: int | None = None) -> State:
         """State of rows that have passed no exit yet: the policy's, and what the measure remembers."""
         state = self.policy.start(rows, device, classes)
         if self.confidence is not None and self.confidence.remembers:
             state["earlier label"] = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        if self.candidates is not None:
+            state["shown"] = torch.full((rows, self.candidates.count), math.nan, device=device)
         return state
 
     def look(self, state: State, point: ExitPoint, at: At) -> tuple[Tensor, Evidence]:
@@ -124,6 +140,10 @@ class Recipe:
                 assert stats is not None
                 point = dataclasses.replace(point, exit=at.exit, earlier=state["earlier label"])
                 state["earlier label"] = stats.argmax
+            if self.candidates is not None:
+                assert point.local is not None
+                point = dataclasses.replace(point, shown=state["shown"])
+                state["shown"] = point.local.float().softmax(-1)
             score = self.confidence.score(point)
         label = None if stats is None else stats.argmax
         prob = stats.max_prob if stats is not None and "prob" in needs else None

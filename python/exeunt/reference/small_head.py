@@ -1,4 +1,4 @@
-"""small_head, probe and saturation in plain torch."""
+"""small_head, classify, probe and saturation in plain torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exeunt.reference.exit_stats import normalised
+from exeunt.stats import ExitStats
 
 _ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
 
@@ -43,6 +44,36 @@ def small_head(
         x = _ACTIVATIONS[activation](F.linear(x, pooler_weight.to(dtype), cast(pooler_bias)))
         x = normalised(x, None, None, None, 0.0, weight.dtype)
     return _ACTIVATIONS[final](F.linear(x, weight.to(dtype), cast(bias)))
+
+
+def classify(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    pooler_weight: Tensor | None = None,
+    pooler_bias: Tensor | None = None,
+    activation: str = "tanh",
+) -> tuple[Tensor, ExitStats]:
+    """Specification of :func:`exeunt.ops.classify`.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> exeunt.reference.classify(torch.tensor([[[1.0], [3.0], [8.0]]]), torch.ones(1, 1),
+    ...                           mask=torch.tensor([[True, True, False]]))[0]
+    tensor([[2.]])
+    """
+    if hidden.dim() == 3:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        counts = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
+        total = torch.where(counts[..., None], hidden.to(dtype), 0.0).sum(1)
+        hidden = total / counts.sum(1, keepdim=True).clamp_min(1)
+    logits = small_head(
+        hidden, weight, bias, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation
+    )
+    return logits, ExitStats.from_logits(logits)
 
 
 def probe(

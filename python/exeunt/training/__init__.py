@@ -1,23 +1,23 @@
 """Training exits: objectives, the loop that fits them, and what it fits."""
 
+from exeunt.training.candidates import train_candidate_probes
 from exeunt.training.exits import HEADS_FILE, train_exits
 from exeunt.training.leaving import PASSED, SAID, Leaving
 from exeunt.training.loop import adamw, fit, muon, schedule
 from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, select
-from exeunt.training.objectives import (
+from exeunt.training.objectives import Objective, parse
+from exeunt.training.recording import Recording, record
+from exeunt.training.terms import (
     CrossEntropy,
     Depth,
     Distillation,
     LayerwiseDistillation,
     LogitTerm,
-    Objective,
     ProbeLoss,
     StateTerm,
     depth_weights,
-    parse,
 )
-from exeunt.training.recording import Recording, record
 from exeunt.training.text import Windows, tokenised
 
 __all__ = [
@@ -48,5 +48,6 @@ __all__ = [
     "select",
     "summary",
     "tokenised",
+    "train_candidate_probes",
     "train_exits",
 ]

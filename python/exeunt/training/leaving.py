@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exeunt.training.modules import Joint, watch
-from exeunt.training.objectives import Depth, Objective
+from exeunt.training.objectives import Objective
+from exeunt.training.terms import Depth
 
 __all__ = ["PASSED", "SAID", "Leaving", "frozen_after"]
 

@@ -348,6 +348,14 @@ def _finite(value: Tensor, step: int, steps: int, path: Path) -> None:
         raise FloatingPointError(f"the loss of batch {step} of {steps} is {value.item()}, {kept}")
 
 
+def processes() -> tuple[int, int, Callable[[], None]]:
+    """Rank and number of the processes of a run (torchrun starts several), and what waits for all of them."""
+    shared = _accelerator() if "WORLD_SIZE" in os.environ else None
+    if shared is None:
+        return 0, 1, lambda: None
+    return shared.process_index, shared.num_processes, shared.wait_for_everyone
+
+
 def _accelerator() -> Any:
     try:
         from accelerate import Accelerator

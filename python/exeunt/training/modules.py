@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from exeunt.heads import ExitHeads
 from exeunt.models import Structure, discover
-from exeunt.training.objectives import Depth, Objective
+from exeunt.training.objectives import Objective
+from exeunt.training.terms import Depth
 
 __all__ = ["Joint", "Recorded", "select", "watch"]
 
@@ -87,11 +88,13 @@ class Recorded(nn.Module):
         Of the model, which must not ask for gradients.
     heads : ExitHeads
     objective : Objective
+    length : int, default 1
+        The N tokens are sequences of so many, for heads that look at the tokens before.
     """
 
-    def __init__(self, structure: Structure, heads: ExitHeads, objective: Objective) -> None:
+    def __init__(self, structure: Structure, heads: ExitHeads, objective: Objective, length: int = 1) -> None:
         super().__init__()
-        self.structure, self.heads, self.objective = structure, heads, objective
+        self.structure, self.heads, self.objective, self.length = structure, heads, objective, length
         self._model = structure.model  # registered, so that it moves to the device along with the heads
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -110,8 +113,10 @@ class Recorded(nn.Module):
         depths = {}
         for i, exit in enumerate(self.heads):
             raw = states[:, i]
-            # Translators are float32 while they are trained; what the head reads is of its dtype.
-            depths[exit] = Depth(raw, s.normalise(self.heads[exit].state(raw.float())).to(s.weight.dtype), *head)
+            # Heads are float32 while they are trained; products and what the model's head reads are of its dtype.
+            with torch.autocast(raw.device.type, s.weight.dtype, enabled=s.weight.dtype == torch.bfloat16):
+                moved = self.heads[exit].state(raw.float().unflatten(0, (-1, self.length))).flatten(0, 1)
+            depths[exit] = Depth(raw, s.normalise(moved).to(s.weight.dtype), *head)
         depths[len(s.layers) - 1] = Depth(states[:, -1], states[:, -1].to(s.weight.dtype), *head)
         return depths
 

@@ -1,257 +1,36 @@
-"""Objectives: what training makes small, as terms that add up.
+"""Objectives: what training makes small, as terms that add up (:mod:`exeunt.training.terms`).
 
-Terms on logits have gradients written by hand: a batch's logits exist for a few rows at a time, while autograd would
-keep several [rows, vocabulary] tensors for every exit. Terms on states are a few lines of plain torch. With h(e) the
-logits after layer e, h(L) those at full depth, p(e) = softmax h(e), and means over the N labelled rows of a batch:
-
-======================= =====================================================================================
-`CrossEntropy`          sum over e of w(e) * mean(-log p(e)[label])
-`Distillation`          sum over exits of mean(KL(p(L) || p(e))), or of mean(KL(p(e) || p(L))); no gradient to h(L)
-`ProbeLoss`             sum over exits of the mean over both classes of mean(binary cross-entropy) in the class
-`LayerwiseDistillation` sum over exits of mean((state(e) - state(L))^2) with states of root mean square one
-======================= =====================================================================================
+Terms on logits are evaluated together and for a few rows at a time: autograd would keep several [rows, vocabulary]
+tensors for every exit. Where the vocabulary is what costs, an objective reads a part of it, drawn anew for each batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exeunt.heads import ExitHeads, rms_normalized
+from exeunt.heads import ExitHeads
+from exeunt.training.terms import (
+    CrossEntropy,
+    Depth,
+    Distillation,
+    LayerwiseDistillation,
+    LogitTerm,
+    ProbeLoss,
+    StateTerm,
+    depth_weights,
+)
 
-__all__ = [
-    "CrossEntropy",
-    "Depth",
-    "Distillation",
-    "LayerwiseDistillation",
-    "LogitTerm",
-    "Objective",
-    "ProbeLoss",
-    "StateTerm",
-    "depth_weights",
-    "parse",
-]
+__all__ = ["TERMS", "Objective", "parse"]
 
 ROWS = 128  # whose logits exist at a time: they stay near the cache
 IGNORED = -100  # the label of a row that does not count
-
-
-class Depth(NamedTuple):
-    """What one depth predicts from.
-
-    Attributes
-    ----------
-    raw : Tensor
-        [N, D] state after the layer.
-    state : Tensor
-        [N, D] the state that the head reads: translated and normalised.
-    weight : Tensor
-        [V, D] of the head.
-    bias : Tensor or None
-        [V] of the head.
-    """
-
-    raw: Tensor
-    state: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-
-
-class LogitTerm(Protocol):
-    """A term that is a sum over rows of a function of their logits."""
-
-    needs_labels: bool
-
-    def rows(self, log_p: Mapping[int, Tensor], labels: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
-        """Sum of the term over n rows and its gradients with respect to their logits.
-
-        Parameters
-        ----------
-        log_p : Mapping[int, Tensor]
-            [n, V] float32 log-probabilities by depth; the deepest one is full depth.
-        labels : Tensor or None
-            [n] int64.
-
-        Returns
-        -------
-        value : Tensor
-            Scalar, the sum over the rows.
-        gradients : dict[int, Tensor]
-            [n, V] by depth, where it is not zero.
-        """
-
-
-class StateTerm(Protocol):
-    """A term on states, differentiated by autograd."""
-
-    def __call__(self, depths: Mapping[int, Depth], agrees: Mapping[int, Tensor], heads: ExitHeads | None) -> Tensor:
-        """Scalar value; `agrees` holds for each exit [N] whether its token is the full-depth one."""
-
-
-def depth_weights(kind: str, depths: Sequence[int]) -> dict[int, float]:
-    """Weights of a cross-entropy over depths.
-
-    Parameters
-    ----------
-    kind : str
-        ``sum``: one for each depth. ``depth``: proportional to the number of layers run and of sum one, as CALM
-        trains (Schuster et al., 2022, arXiv:2207.07061, equation 6). ``final``: full depth alone.
-    depths : sequence of int
-        0-based layers after which there is a loss; the largest is full depth.
-
-    Examples
-    --------
-    >>> from exeunt.training import depth_weights
-    >>> depth_weights("depth", [0, 2])
-    {0: 0.25, 2: 0.75}
-    """
-    if kind == "sum":
-        return dict.fromkeys(depths, 1.0)
-    if kind == "depth":
-        total = sum(depth + 1 for depth in depths)
-        return {depth: (depth + 1) / total for depth in depths}
-    if kind == "final":
-        return {max(depths): 1.0}
-    raise ValueError(f"weights over depths must be 'sum', 'depth' or 'final', got {kind!r}")
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Cross-entropy of the labels at several depths.
-
-    Attributes
-    ----------
-    weights : Mapping[int, float]
-        By depth, for example from `depth_weights`; a depth that is not named has no loss.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from exeunt.training import CrossEntropy
-    >>> log_p = {3: torch.zeros(1, 4).log_softmax(-1)}
-    >>> value, gradients = CrossEntropy({3: 1.0}).rows(log_p, torch.tensor([2]))
-    >>> value, gradients[3]
-    (tensor(1.3863), tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]]))
-    """
-
-    weights: Mapping[int, float]
-    needs_labels = True
-
-    def rows(self, log_p: Mapping[int, Tensor], labels: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
-        """See `LogitTerm`."""
-        assert labels is not None
-        value = torch.zeros((), device=labels.device)
-        gradients = {}
-        for depth, weight in self.weights.items():
-            value = value - weight * log_p[depth].gather(1, labels[:, None]).sum()
-            p = log_p[depth].exp()
-            p.scatter_add_(1, labels[:, None], p.new_full((len(labels), 1), -1.0))
-            gradients[depth] = p.mul_(weight)
-        return value, gradients
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Kullback-Leibler divergence between full depth and each exit; full depth is the teacher and gets no gradient.
-
-    Attributes
-    ----------
-    weight : float, default 1.0
-    reverse : bool, default False
-        False: KL(full depth || exit), which covers all that full depth may say. True: KL(exit || full depth), which
-        says only what full depth would.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from exeunt.training import Distillation
-    >>> same = torch.randn(2, 8).log_softmax(-1)
-    >>> Distillation().rows({1: same, 5: same}, None)[0]
-    tensor(0.)
-    """
-
-    weight: float = 1.0
-    reverse: bool = False
-    needs_labels = False
-
-    def rows(self, log_p: Mapping[int, Tensor], labels: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
-        """See `LogitTerm`."""
-        final = max(log_p)
-        log_q = log_p[final]
-        q = log_q.exp()
-        value = q.new_zeros(())
-        gradients = {}
-        for depth in (d for d in log_p if d != final):
-            p = log_p[depth].exp()
-            if self.reverse:
-                ratio = log_p[depth] - log_q
-                each = (p * ratio).sum(-1, keepdim=True)
-                value = value + self.weight * each.sum()
-                gradients[depth] = self.weight * p * (ratio - each)
-            else:
-                value = value + self.weight * (q * (log_q - log_p[depth])).sum()
-                gradients[depth] = self.weight * (p - q)
-        return value, gradients
-
-
-@dataclass(frozen=True)
-class ProbeLoss:
-    """Binary cross-entropy of each exit's probe against "the exit's token is the full-depth one", classes balanced.
-
-    The mean within a class is taken before the mean over classes: a probe that always says yes at an exit that is
-    right nine times of ten gains nothing. Exits without a probe have no loss; the probe reads states as they are and
-    sends no gradient into the model.
-
-    Attributes
-    ----------
-    weight : float, default 1.0
-    balanced : bool, default True
-        False: plain mean over the rows, after which the probe's value is a probability.
-    """
-
-    weight: float = 1.0
-    balanced: bool = True
-
-    def __call__(self, depths: Mapping[int, Depth], agrees: Mapping[int, Tensor], heads: ExitHeads | None) -> Tensor:
-        """See `StateTerm`."""
-        losses = []
-        for depth, agree in agrees.items():
-            probe = heads[depth].probe if heads is not None and depth in heads else None
-            if probe is not None:
-                each = F.binary_cross_entropy_with_logits(
-                    probe.logit(depths[depth].raw.detach()), agree.float(), reduction="none"
-                )
-                classes = [each[agree], each[~agree]] if self.balanced else [each]
-                losses.append(torch.stack([c.mean() for c in classes if len(c)]).mean())
-        if not losses:
-            raise ValueError("objective 'probe' needs exit heads with a probe, got none")
-        return self.weight * torch.stack(losses).sum()
-
-
-@dataclass(frozen=True)
-class LayerwiseDistillation:
-    """Mean squared difference between the states that the head reads at an exit and at full depth.
-
-    Both are brought to a root mean square of one first; full depth is the teacher and gets no gradient.
-
-    Attributes
-    ----------
-    weight : float, default 1.0
-    """
-
-    weight: float = 1.0
-
-    def __call__(self, depths: Mapping[int, Depth], agrees: Mapping[int, Tensor], heads: ExitHeads | None) -> Tensor:
-        """See `StateTerm`."""
-        final = max(depths)
-        target = rms_normalized(depths[final].state.detach())
-        differences = [(rms_normalized(d.state) - target).square().mean() for e, d in depths.items() if e != final]
-        return self.weight * torch.stack(differences).sum()
+LIKELY = 8  # a part of the vocabulary holds every token that some row finds at least 1/8 as likely as its likeliest
 
 
 class Objective:
@@ -260,6 +39,11 @@ class Objective:
     Parameters
     ----------
     *terms : LogitTerm or StateTerm
+    sample : int, optional
+        Where gradients are wanted, read not the whole vocabulary but the tokens that are likely at full depth, the
+        labels, and so many of the others, drawn anew for each batch from torch's default generator. A drawn token
+        stands for as many as there are others for each drawn one, so that every sum of exp(logits) is met on average
+        (Jean et al., 2015, arXiv:1412.2007, with a uniform proposal). Whether tokens agree is judged among those read.
 
     Examples
     --------
@@ -273,10 +57,12 @@ class Objective:
     (torch.Size([]), torch.Size([4]))
     """
 
-    def __init__(self, *terms: LogitTerm | StateTerm) -> None:
+    def __init__(self, *terms: LogitTerm | StateTerm, sample: int | None = None) -> None:
         if not terms:
             raise ValueError("an objective needs at least one term, got none")
-        self.terms = terms
+        if sample is not None and sample < 1:
+            raise ValueError(f"sample must be 1 token or more, got {sample}")
+        self.terms, self.sample = terms, sample
         self._on_logits: list[Any] = [term for term in terms if hasattr(term, "rows")]
         self._on_states: list[Any] = [term for term in terms if not hasattr(term, "rows")]
 
@@ -319,9 +105,17 @@ class Objective:
             if not counted.all():
                 labels = labels[counted]
                 depths = {e: d._replace(raw=d.raw[counted], state=d.state[counted]) for e, d in depths.items()}
+        final, stands_for = max(depths), None
+        if self.sample is not None and torch.is_grad_enabled():
+            part, stands_for = drawn(depths[final], labels, self.sample)
+            weights = {id(d.weight): d.weight[part] for d in depths.values()}  # most often one
+            depths = {
+                e: d._replace(weight=weights[id(d.weight)], bias=None if d.bias is None else d.bias[part])
+                for e, d in depths.items()
+            }
+            labels = None if labels is None else torch.searchsorted(part, labels)
         flat = [tensor for depth in depths.values() for tensor in (depth.state, depth.weight, depth.bias)]
-        loss, tokens = _LogitLoss.apply(tuple(depths), self._on_logits, labels, *flat)
-        final = max(depths)
+        loss, tokens = _LogitLoss.apply(tuple(depths), self._on_logits, labels, stands_for, *flat)
         found = dict(zip(depths, tokens, strict=True))
         agrees = {depth: found[depth] == found[final] for depth in depths if depth != final}
         for term in self._on_states:
@@ -329,15 +123,41 @@ class Objective:
         return loss, agrees
 
 
+@torch.no_grad()
+def drawn(full: Depth, labels: Tensor | None, sample: int) -> tuple[Tensor, Tensor]:
+    """A part of the vocabulary: tokens [M] in ascending order, and [M] the logarithm of how many each stands for."""
+    sure = torch.zeros(len(full.weight), dtype=torch.bool, device=full.state.device)
+    weight = full.weight.to(full.state.dtype)
+    bias = None if full.bias is None else full.bias.to(full.state.dtype)
+    for state in full.state.split(ROWS):
+        logits = F.linear(state, weight, bias)
+        sure |= (logits >= logits.amax(-1, keepdim=True) - math.log(LIKELY)).any(0)
+    if labels is not None:
+        sure[labels] = True
+    others = (~sure).nonzero()[:, 0]
+    some = others[torch.randperm(len(others), device=others.device)[:sample]]
+    stands_for = torch.zeros(len(sure), device=others.device)
+    if len(some):
+        stands_for[some] = math.log(len(others) / len(some))
+    sure[some] = True
+    part = sure.nonzero()[:, 0]
+    return part, stands_for[part]
+
+
 class _LogitLoss(torch.autograd.Function):
     """Sum of logit terms, mean over rows, `ROWS` rows at a time; the gradients are made along with the value."""
 
     @staticmethod
     def forward(
-        ctx: Any, names: tuple[int, ...], terms: list[LogitTerm], labels: Tensor | None, *flat: Tensor | None
+        ctx: Any,
+        names: tuple[int, ...],
+        terms: list[LogitTerm],
+        labels: Tensor | None,
+        stands_for: Tensor | None,
+        *flat: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         depths = {name: flat[3 * i : 3 * i + 3] for i, name in enumerate(names)}
-        wanted = {name: ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i] for i, name in enumerate(names)}
+        wanted = {name: ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i] for i, name in enumerate(names)}
         any_state = flat[0]
         assert any_state is not None
         # bfloat16 states (autocast) meet bfloat16 weights; sums over rows stay float32.
@@ -362,6 +182,8 @@ class _LogitLoss(torch.autograd.Function):
                 if bias is not None:
                     logits += bias
                 tokens[i, rows] = logits.argmax(-1)
+                if stands_for is not None:
+                    logits += stands_for
                 log_p[name] = logits.log_softmax(-1)
             by_depth: dict[int, Tensor] = {}
             for term in terms:
@@ -392,7 +214,7 @@ class _LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, *(None if g is None else g * upstream[0] for g in ctx.grads))
+        return (None, None, None, None, *(None if g is None else g * upstream[0] for g in ctx.grads))
 
 
 TERMS = {
@@ -404,7 +226,7 @@ TERMS = {
 }
 
 
-def parse(text: str, depths: Sequence[int]) -> Objective:
+def parse(text: str, depths: Sequence[int], sample: int | None = None) -> Objective:
     """An objective from its terms, as the command line writes them.
 
     Parameters
@@ -413,6 +235,8 @@ def parse(text: str, depths: Sequence[int]) -> Objective:
         Names of `TERMS` joined by ``+``, each with a factor or without: ``"ce:depth + 0.5*kl"``.
     depths : sequence of int
         Exits and full depth.
+    sample : int, optional
+        See `Objective`; by default the whole vocabulary is read.
 
     Raises
     ------
@@ -444,4 +268,4 @@ def parse(text: str, depths: Sequence[int]) -> Objective:
             terms.append(LayerwiseDistillation(weight))
         else:
             terms.append(Distillation(weight, reverse=name == "reverse-kl"))
-    return Objective(*terms)
+    return Objective(*terms, sample=sample)

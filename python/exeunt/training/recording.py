@@ -20,7 +20,7 @@ from torch import Tensor
 from exeunt.files import written
 from exeunt.heads import fingerprint
 from exeunt.models import discover
-from exeunt.training.loop import digest
+from exeunt.training.loop import digest, processes
 from exeunt.training.modules import check_exits, watch
 from exeunt.training.text import take
 
@@ -35,15 +35,16 @@ class Recording:
     Attributes
     ----------
     exits : list of int
-        0-based layers.
+        0-based layers that are read, of those that were recorded.
     length : int
         Tokens of a sequence; the tokens of sequence k are ``k * length`` to ``(k + 1) * length - 1``.
     about : dict
         Fingerprints of model and data.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.about, self.exits, self.length = about, list(about["exits"]), int(about["length"])
+    def __init__(self, folder: Path, about: dict[str, Any], exits: Iterable[int]) -> None:
+        self.about, self.exits, self.length = about, list(exits), int(about["length"])
+        self._places = [about["exits"].index(exit) for exit in self.exits] + [-1]
         files = [_chunk(folder, k) for k in range(-(-about["rows"] // CHUNK))]
         self._states = [np.load(file, mmap_mode="r") for file in files]
         self._labels = np.load(folder / "labels.npy", mmap_mode="r")
@@ -57,17 +58,33 @@ class Recording:
         index = np.asarray(index)
         chunk, place = np.divmod(index, CHUNK * self.length)
         first = self._states[0]
-        states = np.empty((len(index), *first.shape[1:]), first.dtype)
+        states = np.empty((len(index), len(self._places), first.shape[2]), first.dtype)
         for k in np.unique(chunk):
             here = chunk == k
-            states[here] = self._states[k][place[here]]
+            states[here] = self._states[k][place[here]][:, self._places]
         return torch.from_numpy(states).view(self._dtype), torch.from_numpy(self._labels[index].astype(np.int64))
 
-    def batches(self, tokens: range, batch: int, seed: int = 0) -> Any:
-        """A function for `fit`: the shuffled batch of a step out of a range of tokens."""
-        if len(tokens) < batch:
-            raise ValueError(f"the data is too short: a batch has {batch} tokens, got {len(tokens)}")
-        return lambda step: self.read([tokens[k] for _, k in take(len(tokens), step * batch, batch, seed)])
+    def batches(self, batch: int, seed: int = 0, whole: bool = False) -> Any:
+        """A function for `fit`: the shuffled batch of a step.
+
+        Parameters
+        ----------
+        batch : int
+            Tokens of a step.
+        seed : int, default 0
+        whole : bool, default False
+            As many whole sequences as fit into it, at least one, instead of tokens out of anywhere.
+        """
+        size = self.length if whole else 1
+        count, some = len(self) // size, max(1, batch // size)
+        if count < some:
+            raise ValueError(f"the data is too short: a batch has {some * size} tokens, got {len(self)}")
+
+        def read(step: int) -> tuple[Tensor, Tensor]:
+            index = np.array([k for _, k in take(count, step * some, some, seed)])
+            return self.read((index[:, None] * size + np.arange(size)).ravel())
+
+        return read
 
 
 def record(
@@ -81,6 +98,8 @@ def record(
 ) -> Recording:
     """Run a frozen causal language model over text and keep its states, or read what was kept.
 
+    Several processes started by torchrun share the work.
+
     Parameters
     ----------
     model : transformers model for causal language modelling
@@ -88,7 +107,7 @@ def record(
     rows : array
         [R, S + 1] token ids: S are read, and S predicted.
     exits : iterable of int
-        0-based layers after which states are kept, beside what the head reads at full depth.
+        0-based layers after which states are kept, beside what the head reads at full depth. A folder may hold more.
     folder : path
         2 * (exits + 1) * D bytes for a token in bfloat16.
     batch : int, default 8
@@ -102,7 +121,7 @@ def record(
     Raises
     ------
     ValueError
-        If the folder holds states of another model, other text or other exits.
+        If the folder holds states of another model or other text, or lacks some of the exits.
     OSError
         If a chunk cannot be written; those before it are kept.
     """
@@ -123,31 +142,36 @@ def record(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "recording.json"
-    if index.exists():
-        found = json.loads(index.read_text())
-        names = {"model": "another model", "data": "other text"}
-        for name, value in about.items():
-            if found.get(name) != value:
-                what = names.get(name, f"other {name}")
-                raise ValueError(f"{folder} holds states of {what}: expected {value}, got {found.get(name)}")
-    else:
+    rank, world, wait = processes()
+    if rank == 0 and not index.exists():
         with written(folder / "labels.npy") as unfinished, open(unfinished, "wb") as file:
             np.save(file, rows[:, 1:].ravel())
         with written(index) as unfinished:
             unfinished.write_text(json.dumps(about))
+    wait()
+    found = json.loads(index.read_text())
+    if set(exits) < set(found["exits"]):
+        about["exits"] = found["exits"]
+    names = {"model": "another model", "data": "other text"}
+    for name, value in about.items():
+        if found.get(name) != value:
+            what = names.get(name, f"other {name}")
+            raise ValueError(f"{folder} holds states of {what}: expected {value}, got {found.get(name)}")
 
-    starts = [k for k in range(0, len(rows), CHUNK) if not _chunk(folder, k // CHUNK).exists()]
-    for start in tracked(starts, "Recording", progress and bool(starts)):
+    own = range(0, len(rows), CHUNK)[rank::world]
+    starts = [k for k in own if not _chunk(folder, k // CHUNK).exists()]
+    for start in tracked(starts, "Recording", progress and rank == 0 and bool(starts)):
         ids = torch.from_numpy(rows[start : start + CHUNK, :-1].astype(np.int64)).to(weight.device)
-        states = torch.cat([_states(model, structure, exits, part) for part in ids.split(batch)])
+        states = torch.cat([_states(model, structure, about["exits"], part) for part in ids.split(batch)])
         plain = states.view(torch.int16) if states.dtype == torch.bfloat16 else states
         with written(_chunk(folder, start // CHUNK)) as unfinished, open(unfinished, "wb") as file:
             np.save(file, plain.numpy())
-    return Recording(folder, about)
+    wait()
+    return Recording(folder, about, exits)
 
 
 @torch.no_grad()
-def _states(model: Any, structure: Any, exits: tuple[int, ...], ids: Tensor) -> Tensor:
+def _states(model: Any, structure: Any, exits: Iterable[int], ids: Tensor) -> Tensor:
     with watch(structure, exits) as states:
         last = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return torch.stack([*(states[e] for e in exits), last], dim=2).flatten(0, 1).cpu()

@@ -1,0 +1,266 @@
+"""The registered attention implementation ``"exeunt"``: stock layers attend through ``ragged_attention``.
+
+A stock model makes one mask for all its layers and hands it to each. Here the mask is a range of keys for each row, not
+a tensor over keys::
+
+    [B, 1, 1, 2]   first key, one past the last key: rows in the order of the batch, padded on the left (or right, where
+                   all tokens see each other)
+    [n, 1, 1, 3]   row of the cache, first key, one past the last key: rows and tokens that run apart from the batch
+    None           all keys, as ever
+
+Integers, so that nobody takes it for a mask of the other kinds: int64 where a token sees none after it, int32 where
+all see each other (some layers say ``is_causal`` for the masks that they know alone). Prompts of more than a few tokens
+are torch's own business: scaled_dot_product_attention with the mask of stock transformers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from exeunt import ops, reference
+from exeunt.models.families import OWN_ATTENTION
+
+__all__ = ["NAME", "attend_apart", "counting", "is_ranges", "register_attention", "spelled_out"]
+
+NAME = "exeunt"
+FEW = 16  # queries of a row: beyond it torch's flash attention has products of full height
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Counting(threading.local):
+    """Where calls on this thread are counted."""
+
+    here: Counter[str] | None = None
+
+
+_counting = _Counting()
+
+
+def counting(counter: Counter[str] | None) -> None:
+    """Count this thread's calls, by what served them, in ``counter`` from now on; None: nowhere."""
+    _counting.here = counter
+
+
+def register_attention() -> str:
+    """Make ``attn_implementation="exeunt"`` known to transformers.
+
+    With it, decoding steps and chunks of up to 16 tokens attend through :func:`exeunt.ops.ragged_attention`: rows of
+    different lengths without padding or a mask tensor, and under :func:`exeunt.attach` rows that left are passed over
+    without copying the others' keys. Longer prompts, training, masks of other forms and tensors on a GPU take torch's
+    ``scaled_dot_product_attention``. Call it before the model is made; ``attach`` calls it too.
+
+    Returns
+    -------
+    str
+        The name, ``"exeunt"``.
+
+    Raises
+    ------
+    ImportError
+        Without transformers.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, attn_implementation=exeunt.register_attention())
+    >>> LlamaForCausalLM(config).config._attn_implementation
+    'exeunt'
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as missing:
+        raise ImportError("register_attention needs transformers: pip install exeunt[hf]") from missing
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME
+
+
+# ---- masks
+
+
+def is_ranges(mask: Any) -> TypeGuard[Tensor]:
+    """Whether a layer's mask is a range of keys for each row."""
+    return isinstance(mask, Tensor) and mask.dtype in (torch.int64, torch.int32)
+
+
+def spelled_out(ranges: Tensor, keys: int) -> Tensor:
+    """[B, 1, 1, keys] bool of what each row sees, True is seen."""
+    at = torch.arange(keys, device=ranges.device)
+    return (at >= ranges[..., -2:-1]) & (at < ranges[..., -1:])
+
+
+def attend_apart(mask: Any, rows: Tensor, ends: Tensor, seen: Tensor) -> Tensor | None:
+    """The mask for tokens that attend to rows of the cache as it lies.
+
+    Parameters
+    ----------
+    mask : Tensor or None
+        Their own masks, one of the forms of this module, for the last ``seen`` keys of each.
+    rows : Tensor
+        [n] int64 rows of the cache.
+    ends : Tensor
+        [n] int64, one past each token's own place.
+    seen : Tensor
+        [n] int64 keys that each token's mask is for.
+
+    Returns
+    -------
+    Tensor or None
+        [n, 1, 1, 3] int64; None if the mask is of another form.
+    """
+    if mask is None:
+        starts = torch.zeros_like(ends)
+    elif is_ranges(mask):
+        starts = mask[:, 0, 0, -2] + (ends - seen)
+    else:
+        return None
+    return torch.stack((rows, starts, ends), -1)[:, None, None]
+
+
+def _mask(
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    q_length: int | None = None,
+    q_offset: Any = None,
+    cache_position: Tensor | None = None,  # transformers 4.57 in the place of q_length and q_offset
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers asks of a mask interface."""
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    if cache_position is not None:
+        placed: dict[str, Any] = {"cache_position": cache_position}
+        q_length, q_offset = len(cache_position), cache_position[0]
+    else:
+        placed = {"q_length": q_length, "q_offset": 0 if q_offset is None else q_offset}
+    assert q_length is not None
+    kind, own = _kind(mask_function), getattr(config, "model_type", None) in OWN_ATTENTION
+    if kind is not None and q_length <= FEW and not own and not torch.compiler.is_compiling():
+        end = kv_length if kind == "bidirectional" else int(placed.get("q_offset", q_offset)) + q_length - kv_offset
+        first, last = _padding(attention_mask, kv_offset, end, batch_size)
+        if first is None and end == kv_length:
+            return None
+        if first is None:  # a cache that is longer than what is in it
+            first, last = torch.tensor([[0], [end]], device=kwargs.get("device")).expand(2, batch_size)
+        if last is not None and (kind == "bidirectional" or bool((last == end).all())):
+            ranges = torch.stack((first, last), -1)[:, None, None]
+            return ranges if kind == "causal" else ranges.int()
+    stock: Any = eager_mask if own else sdpa_mask
+    return stock(
+        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
+        attention_mask=attention_mask, **placed, **kwargs,
+    )  # fmt: skip
+
+
+def _kind(mask_function: Any) -> str | None:
+    """``causal`` (with or without a window, which the layer knows), ``bidirectional``, or None for other patterns."""
+    from transformers import masking_utils as stock
+
+    if mask_function is stock.causal_mask_function:
+        return "causal"
+    if mask_function is getattr(stock, "bidirectional_mask_function", stock):
+        return "bidirectional"
+    joined = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    if len(joined) == 1 and isinstance(joined[0], tuple) and len(joined[0]) == 2:
+        names = {getattr(f, "__qualname__", "").split(".")[0] for f in joined[0]}
+        if stock.causal_mask_function in joined[0] and "sliding_window_overlay" in names:
+            return "causal"
+    return None
+
+
+def _padding(mask: Tensor | None, offset: int, end: int, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """First key and one past the last key [B] that a padding mask [B, K] bool lets each row see, from ``offset`` on.
+
+    Without padding (None, None), and (first, None) where what a row sees is not one range. Waits for the device.
+    """
+    seen = None if mask is None else mask[:, offset : offset + end]
+    if seen is None or (seen.shape == (batch, end) and bool(seen.all())):
+        return None, None
+    first = seen.int().argmax(-1)
+    last = seen.shape[1] - seen.flip(-1).int().argmax(-1)
+    whole = seen.shape == (batch, end) and bool(((last - first == seen.sum(-1)) & seen.any(-1)).all())
+    return first, last if whole else None
+
+
+# ---- attention
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers asks of an attention implementation: [B, q, Hq, Dv] of ``query`` [B, Hq, q, Dh]."""
+    reason = _unable(query, key, value, attention_mask, dropout, kwargs)
+    if _counting.here is not None:
+        _counting.here["ragged_attention" if reason is None else f"torch: {reason}"] += 1
+    if reason is None:
+        attention = ops.ragged_attention
+    elif kwargs.get("softcap") is not None:  # which torch's attention has not
+        attention = reference.ragged_attention
+    else:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if is_ranges(attention_mask):
+            attention_mask = spelled_out(attention_mask, key.shape[2])
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    batch, heads, count, _ = query.shape
+    device, length = query.device, key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if count > FEW and attention_mask is None and causal:
+        length = count  # a prompt, which may be for a cache with more room
+    rows, starts, ends = torch.arange(batch, device=device), None, torch.full((batch,), length, device=device)
+    bias = kwargs.get("position_bias")
+    if is_ranges(attention_mask):
+        ranges = attention_mask[:, 0, 0]
+        rows = ranges[:, 0] if ranges.shape[1] == 3 else rows
+        starts, ends, causal = ranges[:, -2], ranges[:, -1], ranges.dtype == torch.int64
+    elif attention_mask is not None:
+        if not attention_mask.is_floating_point():
+            attention_mask = query.new_zeros(()).masked_fill(~attention_mask, -torch.inf)
+        bias, causal = attention_mask if bias is None else attention_mask + bias, False
+    if bias is not None:
+        bias = bias.expand(batch, heads, count, -1).transpose(1, 2).flatten(0, 1)
+    out = attention(
+        query.transpose(1, 2).flatten(0, 1), key, value, torch.arange(0, batch * count + 1, count, device=device),
+        rows, ends, kv_start=starts, causal=causal, window=kwargs.get("sliding_window") if causal else None,
+        softcap=kwargs.get("softcap"), scale=scaling, bias=bias,
+    )  # fmt: skip
+    return out.view(batch, count, heads, -1), None
+
+
+def _unable(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call is not ``ragged_attention``'s, if it is not."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "gradients"
+    if dropout or kwargs.get("s_aux") is not None:
+        return "dropout or attention sinks"
+    if kwargs.get("softcap") is None:
+        if query.shape[2] > FEW:
+            return "more than a few queries"
+        if mask is not None and not is_ranges(mask):
+            return "a mask that is not one range of keys"
+    if not query.is_cpu or query.dtype not in _DTYPES or torch.compiler.is_compiling():
+        return "device, dtype or compilation"
+    return None

@@ -1,0 +1,278 @@
+"""classify: the whole check of a classifier's exit in one call, from the states of a text's tokens to who leaves."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from exeunt import reference
+from exeunt.ops import _backend, _library
+from exeunt.ops.small_head import ACTIVATIONS, check_layers, layer_arg, workspace_for
+from exeunt.stats import ExitStats
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? pooler_weight, Tensor? pooler_bias, "
+    "str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+_empty, _bytes = torch.empty, torch.uint8
+
+
+def classify(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    pooler_weight: Tensor | None = None,
+    pooler_bias: Tensor | None = None,
+    activation: str = "tanh",
+) -> tuple[Tensor, ExitStats]:
+    """Logits ``W activation(P x + p) + b`` of a classifier's exit head and their statistics, x a text's state.
+
+    For heads of up to a few dozen classes. The state is rounded once to the weight's dtype before each product, which
+    accumulates in float32; means are taken in float64. A row's result has the same bits in any batch, with any padding
+    behind it, and with any number of threads.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        [N, D] states of texts, or [N, S, D] states of their tokens, whose mean is taken; float32, bfloat16 or float16.
+    weight : Tensor
+        [V, D], or [V, P] with a pooler; float32 or the dtype of ``hidden``, unit stride along the row.
+    bias : Tensor, optional
+        [V], float32 or the dtype of ``hidden``, as all vectors here.
+    mask : Tensor, optional
+        [N, S] bool, for states of tokens: True where one counts. By default all do; a text without any has state 0.
+    pooler_weight : Tensor, optional
+        [P, D] of the dtype of ``weight``.
+    pooler_bias : Tensor, optional
+        [P].
+    activation : {"none", "tanh", "relu", "sigmoid"}
+        After the pooler.
+
+    Returns
+    -------
+    logits : Tensor
+        [N, V] float32.
+    stats : ExitStats
+        Of the logits.
+
+    Raises
+    ------
+    ValueError, TypeError
+        One sentence naming the argument, what was expected and what came.
+    RuntimeError
+        If ``hidden`` requires a gradient while gradients are recorded: :func:`exeunt.reference.classify` has one.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> logits, stats = exeunt.ops.classify(torch.randn(4, 9, 64), torch.randn(3, 64))
+    >>> logits.shape, bool((stats.argmax == logits.argmax(1)).all())
+    (torch.Size([4, 3]), True)
+    """
+    _check(hidden, weight, bias, mask, pooler_weight, pooler_bias, activation)
+    args = (hidden, weight, bias, mask, pooler_weight, pooler_bias, activation)
+    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
+        logits, *stats = _forward(*args)
+    else:
+        logits, *stats = torch.ops.exeunt.classify(*args)
+    return logits, ExitStats(*stats)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    pooler_weight: Tensor | None,
+    pooler_bias: Tensor | None,
+    activation: str,
+) -> None:
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"classify: hidden must have shape [N, D] or [N, S, D], got {list(hidden.shape)}")
+    check_layers("classify", hidden, weight, bias, pooler_weight, pooler_bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"classify: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if mask is None:
+        return
+    if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"classify: mask must have shape [N, S] like hidden [N, S, D], got {list(mask.shape)} "
+            f"and {list(hidden.shape)}"
+        )
+    if mask.dtype != torch.bool or mask.device != hidden.device:
+        raise TypeError(f"classify: mask must be bool on {hidden.device}, got {mask.dtype} on {mask.device}")
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    pooler_weight: Tensor | None,
+    pooler_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, ...]:
+    cpu = _backend.cpu
+    if cpu is None or not hidden.is_cpu:
+        _backend.warn_fallback("classify", hidden.device)
+        logits, stats = reference.classify(
+            hidden, weight, bias, mask=mask, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation
+        )
+        return logits, *stats[:5]
+    n, d, threads = hidden.shape[0], hidden.shape[-1], torch.get_num_threads()
+    logits, statistics = torch.empty((n, weight.shape[0])), torch.empty((4, n))
+    argmax = torch.empty(n, dtype=torch.int64)
+    if n:
+        pooler = layer_arg(pooler_weight, pooler_bias, activation)
+        workspace = workspace_for(weight, d, pooler, threads)
+        states, kept = _states(hidden, mask)
+        cpu.classify(
+            *states, pooler, layer_arg(weight, bias, "none"), logits.data_ptr(), argmax.data_ptr(),
+            statistics.data_ptr(), 0, 0.0, 0, workspace.data_ptr(), threads,
+        )  # fmt: skip
+        del kept
+    return logits, argmax, *statistics.unbind(0)
+
+
+def _registered(*args: Any) -> tuple[Tensor, ...]:
+    logits, argmax, *floats = _forward(*args)
+    return logits, argmax, *(f.clone() for f in floats)  # an operator's results share no storage
+
+
+def _states(hidden: Tensor, mask: Tensor | None) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """States as the binding wants them, and the tensors that must outlive the call."""
+    shape = hidden.shape
+    if shape[-1] > 1 and hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    if mask is not None and shape[1] > 1 and mask.stride(1) != 1:
+        mask = mask.contiguous()
+    at = (hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), shape[0], shape[-1])
+    tokens = (shape[1], hidden.stride(1)) if len(shape) == 3 else (1, 0)
+    return (*at, *tokens, *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0)))), (hidden, mask)
+
+
+class Check:
+    """:func:`classify` and a plain threshold on its confidence in one call of the kernel, which says how many leave.
+
+    For exits in a loop: what does not change from call to call is put together once. Weights are read where they lie at
+    the time of the call.
+
+    Parameters
+    ----------
+    weight, bias, pooler_weight, pooler_bias, activation
+        As for :func:`classify`, on the CPU.
+    measure : str
+        One of ``max_prob``, ``margin``, ``logit_margin``, ``neg_entropy``, ``neg_normalized_entropy``.
+    threshold : float
+        Rows leave whose score exceeds it.
+    tokens : bool
+        Whether states are those of tokens, whose mean is taken; else the first token's is read.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.ops import Check
+    >>> check = Check(torch.eye(2), None, measure="max_prob", threshold=0.9, tokens=True)
+    >>> gone, out = check(torch.tensor([[[4.0, 0.0]], [[0.0, 0.1]], [[0.0, 9.0]]]), None)
+    >>> gone, check.leave(out, 3), check.logits(out, 3)[0]
+    (2, tensor([ True, False,  True]), tensor([4., 0.]))
+    """
+
+    #: What it can compare, as csrc/core/params.h numbers it.
+    MEASURES: ClassVar = {"max_prob": 1, "margin": 2, "logit_margin": 3, "neg_entropy": 4, "neg_normalized_entropy": 5}
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        pooler_weight: Tensor | None = None,
+        pooler_bias: Tensor | None = None,
+        activation: str = "tanh",
+        *,
+        measure: str,
+        threshold: float,
+        tokens: bool,
+    ) -> None:
+        if measure not in self.MEASURES:
+            raise ValueError(f"Check: measure must be one of {', '.join(self.MEASURES)}, got {measure!r}")
+        self._pooler, self._head = (pooler_weight, pooler_bias, activation), (weight, bias, "none")
+        self._tensors = [t for t in (weight, bias, pooler_weight, pooler_bias) if t is not None]
+        self._weight, self._classes = weight, weight.shape[0]
+        self._width = (weight if pooler_weight is None else pooler_weight).shape[1]
+        self._measure, self._threshold, self._tokens = self.MEASURES[measure], float(threshold), tokens
+        self._where: list[int | torch.dtype] = []
+
+    @staticmethod
+    def runs_on(weight: Tensor) -> bool:
+        """Whether the kernel takes heads of such a weight."""
+        return _backend.cpu is not None and weight.is_cpu and weight.dtype in _backend.DTYPES
+
+    def __call__(self, hidden: Tensor, mask: Tensor | None) -> tuple[int, Tensor]:
+        """Judge n rows.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            [n, S, D].
+        mask : Tensor or None
+            [n, S] bool, for means.
+
+        Returns
+        -------
+        gone : int
+            How many leave; -1 where the kernel cannot tell: a score lies too near to the threshold, or something
+            traces. :func:`classify` then says what there is to know.
+        out : Tensor
+            For :meth:`logits` and :meth:`leave`.
+        """
+        where: list[int | torch.dtype] = [t.data_ptr() for t in self._tensors]
+        where.append(self._weight.dtype)
+        if where != self._where:
+            self._args, self._where = (layer_arg(*self._pooler), layer_arg(*self._head)), where
+        (n, length, d), (row, token, unit) = hidden.shape, hidden.stride()
+        if not self._tokens:
+            length, mask = 1, None
+        readable = unit == 1 and d == self._width and (mask is None or mask.stride(1) == 1)
+        if not (readable and hidden.is_cpu and _backend.direct(hidden, self._weight)):
+            return -1, hidden
+        cpu, threads = _backend.cpu, torch.get_num_threads()
+        pooler, head = self._args
+        leave = _aligned(n * self._classes * 4)
+        work = leave + _aligned(n)
+        # the logits, a byte a row, then what the kernel works in
+        out = _empty(work + cpu.small_head_workspace(head[0][1], d, pooler[2], threads), dtype=_bytes)
+        at = out.data_ptr()
+        gone = cpu.classify(
+            hidden.data_ptr(), _backend.DTYPES[hidden.dtype], row, n, d, length, token,
+            *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))), pooler, head, at, 0, 0,
+            self._measure, self._threshold, at + leave, at + work, threads,
+        )  # fmt: skip
+        return gone, out
+
+    def logits(self, out: Tensor, rows: int) -> Tensor:
+        """Logits [rows, V]: a view of what a call returned."""
+        return out[: rows * self._classes * 4].view(torch.float32).view(rows, self._classes)
+
+    def leave(self, out: Tensor, rows: int) -> Tensor:
+        """Who leaves, [rows] bool: a view of it."""
+        begin = _aligned(rows * self._classes * 4)
+        return out[begin : begin + rows].view(torch.bool)
+
+
+def _aligned(size: int) -> int:
+    return (size + 63) // 64 * 64
+
+
+def _fake(hidden: Tensor, weight: Tensor, *args: object) -> tuple[Tensor, ...]:
+    n = hidden.shape[0]
+    floats = [hidden.new_empty(n, dtype=torch.float32) for _ in range(4)]
+    logits = hidden.new_empty((n, weight.shape[0]), dtype=torch.float32)
+    return logits, hidden.new_empty(n, dtype=torch.int64), *floats
+
+
+_library.define("classify", _SCHEMA, _registered, _fake)
