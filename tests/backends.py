@@ -23,9 +23,12 @@ def on_device():
 class Emulated:
     """exeunt._cuda_emu in the place of exeunt._cpu: CPU tensors, and no threads to be told of."""
 
-    def __init__(self):
+    takes_float8 = True
+
+    def __init__(self, capability=80):
         self.module = importlib.import_module("exeunt._cuda_emu")
         self.module.set_schedule(1)  # threads in random order, some copies early
+        self.module.set_capability(capability)
 
     def exit_stats_workspace(self, *args):
         return self.module.exit_stats_workspace(*args[:-1])
@@ -33,9 +36,31 @@ class Emulated:
     def exit_stats(self, *args):
         self.module.exit_stats(*args[:-1], 0, 0)
 
+    def small_head_workspace(self, *args):
+        return 0  # small_head below brings its own
 
-def patch_cpu(monkeypatch):
-    monkeypatch.setattr(_backend, "cpu", Emulated())
+    def small_head(self, *args):
+        rows, width, pooler, head = args[3], args[4], args[9], args[10]
+        size = self.module.small_head_workspace(head[0][1], rows, width, pooler[2])
+        workspace = torch.full((size + 64,), 255, dtype=torch.uint8)
+        self.module.small_head(*args[:-2], workspace.data_ptr(), 0, 0)
+
+    def saturation(self, *args):
+        self.module.saturation(*args, 0, 0)
+
+    def compact(self, *args):
+        self.module.compact(*args[:-1], 0, 0)
+
+    def expand(self, *args):
+        self.module.expand(*args[:-1], 0, 0)
+
+
+#: Emulated devices by name: the kernels for sm_80 on, and those for Hopper.
+CAPABILITIES = {"emulated": 80, "emulated_sm90": 90}
+
+
+def patch_cpu(monkeypatch, name="emulated"):
+    monkeypatch.setattr(_backend, "cpu", Emulated(CAPABILITIES[name]))
 
 
 def moved(t, device="cuda"):
@@ -45,15 +70,22 @@ def moved(t, device="cuda"):
 
 
 def patch_ops(monkeypatch):
-    """ops.exit_stats on the device, for CPU tensors: inputs go there, results and logits_out come back."""
-    run = ops.exit_stats
+    """The ops on the device, for CPU tensors: inputs go there, results and logits_out come back."""
 
-    def exit_stats(*args, **kwargs):
-        there = [moved(a) if isinstance(a, torch.Tensor) else a for a in args]
-        named = {k: moved(a) if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
-        got = run(*there, **named)
-        if kwargs.get("logits_out") is not None:
-            kwargs["logits_out"].copy_(named["logits_out"])
-        return type(got)._make(None if t is None else t.cpu() for t in got)
+    def there(op):
+        def run(*args, **kwargs):
+            moved_args = [moved(a) if isinstance(a, torch.Tensor) else a for a in args]
+            named = {k: moved(a) if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
+            got = op(*moved_args, **named)
+            if kwargs.get("logits_out") is not None:
+                kwargs["logits_out"].copy_(named["logits_out"])
+            return (
+                got.cpu()
+                if isinstance(got, torch.Tensor)
+                else type(got)._make(None if t is None else t.cpu() for t in got)
+            )
 
-    monkeypatch.setattr(ops, "exit_stats", exit_stats)
+        return run
+
+    for name in ("exit_stats", "small_head", "probe", "saturation"):
+        monkeypatch.setattr(ops, name, there(getattr(ops, name)))

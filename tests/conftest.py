@@ -41,10 +41,10 @@ def isas():
     _backend.cpu.select_isa(chosen)
 
 
-#: Where exit_stats can run here: on the CPU by instruction set, as CUDA emulated on the CPU, on a CUDA device.
+#: Where an op can run here: on the CPU by instruction set, as CUDA emulated on the CPU, on a CUDA device.
 BACKENDS = [
     *available_isas(),
-    *(["emulated"] if backends.emulated() else []),
+    *(backends.CAPABILITIES if backends.emulated() else []),
     *([pytest.param("cuda", marks=pytest.mark.gpu)] if backends.on_device() else []),
 ]
 
@@ -52,7 +52,7 @@ BACKENDS = [
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Run the test once per backend; inputs are CPU tensors for all of them."""
-    if request.param not in ("emulated", "cuda"):
+    if request.param in available_isas():
         chosen = _backend.cpu.isa()
         _backend.cpu.select_isa(request.param)
         yield request.param
@@ -63,5 +63,5 @@ def backend(request, monkeypatch):
     elif request.node.callspec.params.get("v", 0) > 40_000:
         pytest.skip("large heads are left to real devices: emulation takes minutes")
     else:
-        backends.patch_cpu(monkeypatch)
+        backends.patch_cpu(monkeypatch, request.param)
     yield request.param

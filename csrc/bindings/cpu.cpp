@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/exit_stats.h"
+#include "bindings/small_head.h"
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
 #include "cpu/kv_fill.h"
@@ -23,14 +24,6 @@ void exit_stats(const ExitStatsParams& params, int threads) {
   ExitStatsParams p = params;
   p.threads = threads;
   cpu::exit_stats(p);
-}
-
-// (weight, bias, outputs, inputs, activation) of a layer; outputs 0 means "not given".
-using Layer = std::tuple<Weight, Vector, int64_t, int64_t, int>;
-
-LayerArg layer_arg(const Layer& l) {
-  const auto& [weight, bias, outputs, inputs, activation] = l;
-  return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
 }
 
 SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,

@@ -7,8 +7,11 @@
 #include <string>
 
 #include "bindings/exit_stats.h"
+#include "bindings/small_head.h"
+#include "cuda/compact.h"
 #include "cuda/device.h"
 #include "cuda/exit_stats.h"
+#include "cuda/small_head.h"
 
 #ifdef EXEUNT_CUDA_EMULATED
 #include "bindings.h"
@@ -21,15 +24,68 @@ using namespace exeunt;
 
 namespace {
 
-void exit_stats(const ExitStatsParams& p, int device, uintptr_t stream) {
+std::string shape(int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; }
+
+// run(), and what it throws with the op, its shapes and the device before it.
+template <class Run, class Say>
+void named(int device, Say say, Run run) {
   try {
-    cuda::exit_stats(p, device, reinterpret_cast<void*>(stream));
+    run();
   } catch (const std::runtime_error& e) {
-    const auto shape = [](int64_t a, int64_t b) { return "[" + std::to_string(a) + ", " + std::to_string(b) + "]"; };
-    throw std::runtime_error("exit_stats: hidden " + shape(p.hidden_rows, p.width) + ", " + std::to_string(p.rows) +
-                             " rows checked, head " + shape(p.head_rows, p.width) +
-                             ", on cuda:" + std::to_string(device) + ": " + e.what());
+    throw std::runtime_error(say() + ", on cuda:" + std::to_string(device) + ": " + e.what());
   }
+}
+
+void exit_stats(const ExitStatsParams& p, int device, uintptr_t stream) {
+  const auto say = [&] {
+    return "exit_stats: hidden " + shape(p.hidden_rows, p.width) + ", " + std::to_string(p.rows) +
+           " rows checked, head " + shape(p.head_rows, p.width);
+  };
+  named(device, say, [&] { cuda::exit_stats(p, device, reinterpret_cast<void*>(stream)); });
+}
+
+void small_head(SmallHeadParams& p, uintptr_t workspace, int device, uintptr_t stream) {
+  p.workspace = reinterpret_cast<void*>(workspace);
+  const auto say = [&] {
+    return "small_head: hidden " + shape(p.rows, p.width) +
+           (p.pooled ? ", pooler " + shape(p.pooler.outputs, p.pooler.inputs) : "") + ", weight " +
+           shape(p.head.outputs, p.head.inputs);
+  };
+  named(device, say, [&] { cuda::small_head(p, device, reinterpret_cast<void*>(stream)); });
+}
+
+void saturation(const SaturationParams& p, int device, uintptr_t stream) {
+  const auto say = [&] { return "saturation: hidden and previous " + shape(p.rows, p.width); };
+  named(device, say, [&] { cuda::saturation(p, device, reinterpret_cast<void*>(stream)); });
+}
+
+void compact(uintptr_t mask, int64_t stride, int64_t n, uintptr_t rows, uintptr_t count, int device, uintptr_t stream) {
+  const auto say = [&] { return "compact: mask [" + std::to_string(n) + "]"; };
+  named(device, say, [&] {
+    cuda::compact(reinterpret_cast<const void*>(mask), stride, n, reinterpret_cast<int64_t*>(rows),
+                  reinterpret_cast<int64_t*>(count), device, reinterpret_cast<void*>(stream));
+  });
+}
+
+void expand(uintptr_t rows, uintptr_t count, uintptr_t compacted, uintptr_t into, uintptr_t out, int64_t n,
+            int64_t row_bytes, int device, uintptr_t stream) {
+  const auto say = [&] { return "expand: " + std::to_string(n) + " rows of " + std::to_string(row_bytes) + " bytes"; };
+  named(device, say, [&] {
+    cuda::expand(reinterpret_cast<const int64_t*>(rows), reinterpret_cast<const int64_t*>(count),
+                 reinterpret_cast<const void*>(compacted), reinterpret_cast<const void*>(into),
+                 reinterpret_cast<void*>(out), n, row_bytes, device, reinterpret_cast<void*>(stream));
+  });
+}
+
+// As much as small_head will need, from the sizes alone.
+int64_t small_head_workspace(int dtype, int64_t rows, int64_t width, int64_t pooled) {
+  SmallHeadParams p{};
+  p.rows = rows;
+  p.width = width;
+  p.pooled = pooled > 0;
+  p.pooler.outputs = pooled;
+  p.pooler.weight.dtype = p.head.weight.dtype = static_cast<DType>(dtype);
+  return cuda::small_head_workspace(p);
 }
 
 }  // namespace
@@ -37,6 +93,7 @@ void exit_stats(const ExitStatsParams& p, int device, uintptr_t stream) {
 PYBIND11_MODULE(EXEUNT_MODULE, m) {
   m.doc() = "CUDA kernels of exeunt: plain pointers and integers, validated by exeunt.ops.";
   m.attr("version") = EXEUNT_VERSION;
+  m.attr("takes_float8") = true;
   m.def("device_count", &cuda::device_count, "CUDA devices that can be used now.");
   m.def("compute_capability", &cuda::compute_capability, py::arg("device"), "Of a device, for example 90.");
   m.def("runtime_version", &cuda::runtime_version, "CUDA runtime this module was built with.");
@@ -49,6 +106,15 @@ PYBIND11_MODULE(EXEUNT_MODULE, m) {
       py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"), py::arg("draws"),
       "Bytes of workspace that exit_stats needs.");
   def_exit_stats(m, &exit_stats, py::arg("device"), py::arg("stream"));
+  m.def("small_head_workspace", &small_head_workspace, py::arg("dtype"), py::arg("rows"), py::arg("width"),
+        py::arg("pooled"), "Bytes of workspace that small_head needs.");
+  def_small_head(m, &small_head, py::arg("workspace"), py::arg("device"), py::arg("stream"));
+  def_saturation(m, &saturation, py::arg("device"), py::arg("stream"));
+  m.def("compact", &compact, py::arg("mask"), py::arg("stride"), py::arg("n"), py::arg("rows"), py::arg("count"),
+        py::arg("device"), py::arg("stream"), "Rows of a mask first; see exeunt.ops.compact.");
+  m.def("expand", &expand, py::arg("rows"), py::arg("count"), py::arg("compacted"), py::arg("into"), py::arg("out"),
+        py::arg("n"), py::arg("row_bytes"), py::arg("device"), py::arg("stream"),
+        "Rows back in their places; see exeunt.ops.expand.");
 #ifdef EXEUNT_CUDA_EMULATED
   bind_emulation(m);
 #endif

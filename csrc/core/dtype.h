@@ -6,14 +6,18 @@
 namespace exeunt {
 
 // Element types as they cross the binding. The Python side (ops/_backend.py) sends the same numbers. int8 is a weight
-// only: stored as value + 128 in a byte, with one float32 scale a row (see PackedHead).
-enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };
+// only: stored as value + 128 in a byte, with one float32 scale a row (see PackedHead). So is float8_e4m3 (see
+// Fp8Head).
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, float8_e4m3 = 4 };
 
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
+};
+struct Float8 {
+  uint8_t bits;
 };
 
 EXEUNT_HOST_DEVICE static inline uint32_t float_bits(float value) {
@@ -81,7 +85,7 @@ EXEUNT_HOST_DEVICE static inline float rounded_to(DType dtype, float value) {
 }
 
 EXEUNT_HOST_DEVICE static inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2;
+  return dtype == DType::float32 ? 4 : dtype == DType::int8 || dtype == DType::float8_e4m3 ? 1 : 2;
 }
 
 // use(T*) with the element type that the dtype names. Static, so that objects of an instruction set may call it.

@@ -25,7 +25,7 @@ struct WeightArg {
   DType dtype;
   bool packed;
   int64_t tile_stride, row_stride, line_stride;
-  const float* scale;  // [V], int8 only
+  const float* scale;  // [V], int8 and float8_e4m3 only
 };
 
 enum class Activation : int32_t { none = 0, tanh = 1, relu = 2, sigmoid = 3 };

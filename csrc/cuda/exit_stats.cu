@@ -2,7 +2,7 @@
 
 #include "cuda/exit_stats.cuh"
 #include "cuda/exit_stats.h"
-#include "cuda/launch.h"
+#include "cuda/exit_stats_launch.h"
 
 namespace exeunt::cuda {
 namespace {
@@ -12,24 +12,23 @@ constexpr int64_t kMaxChunks = 2048;  // 262,144 vocabulary rows in chunks of on
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 int64_t parts(int64_t value, int64_t part) { return (value + part - 1) / part; }
 
-int block_rows(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
-
 struct Plan {
   ExitStatsWorkspace w;
   int64_t padded_rows, bytes;
 };
 
-Plan plan(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t topk, bool draws, char* base) {
+// hidden: the dtype of the hidden rows, for a head of float8_e4m3; any of 16 bits will do for sizes.
+Plan plan(DType head, DType hidden, int64_t rows, int64_t vocab, int64_t width, int32_t topk, bool draws, char* base) {
   Plan plan;
   ExitStatsWorkspace& w = plan.w;
-  const int64_t element = element_bytes(head);
-  w.x_width = round_up(std::max<int64_t>(width, 1), kLine / element);
+  w.x_dtype = head == DType::float8_e4m3 ? hidden : head;
+  w.x_width = round_up(std::max<int64_t>(width, 1), kLine / element_bytes(head));
   w.tiles = parts(vocab, kTile);
   w.tiles_per_chunk = parts(w.tiles, kMaxChunks);
   w.chunks = parts(w.tiles, w.tiles_per_chunk);
   w.slots = topk + draws;
-  plan.padded_rows = round_up(rows, block_rows(rows));
-  const int64_t partials = round_up(plan.padded_rows * w.x_width * element, 64);
+  plan.padded_rows = round_up(rows, rows > 64 ? 128 : block_rows(rows));  // whatever kernel takes them
+  const int64_t partials = round_up(plan.padded_rows * w.x_width * element_bytes(w.x_dtype), 64);
   const int64_t candidates = partials + round_up(rows * w.chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
   plan.bytes = candidates + rows * w.chunks * w.slots * static_cast<int64_t>(sizeof(Candidate));
   w.x = base;
@@ -38,50 +37,61 @@ Plan plan(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t topk, 
   return plan;
 }
 
-template <class T, int kRows>
-void launch_product(const ExitStatsParams& p, const ExitStatsWorkspace& w, int device, cudaStream_t stream) {
-  const int shared = kStages<kRows> * kStageBytes<kRows> + ExitStatsEpilogue<kRows>::scratch_bytes(w.slots);
+template <class W, class T, int kRows>
+void launch_product(const ExitStatsParams& p, const ExitStatsWorkspace& w, const Target& target) {
+  const int shared =
+      kStages<kRows> * kStageBytes<kRows, kRowLines<W, T>> + ExitStatsEpilogue<kRows>::scratch_bytes(w.slots);
   const int64_t items = w.chunks * parts(p.rows, kRows);
-  // A block leaves a kilobyte of shared memory to the system.
-  const int fit = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / (shared + 1024);
-  const int64_t resident = int64_t{std::clamp(fit, 1, 2)} * attribute(cudaDevAttrMultiProcessorCount, device);
-  launch(&exit_stats_kernel<T, kRows>, std::min(items, resident), kThreads, shared, stream, p, w);
+  launch(&exit_stats_kernel<W, T, kRows>, std::min(items, target.resident(shared, 2)), kThreads, shared, target.stream,
+         p, w);
 }
 
 template <class T>
-void launch_rows(const ExitStatsParams& p, const ExitStatsWorkspace& w, int device, cudaStream_t stream) {
+void launch_rows(const ExitStatsParams& p, const ExitStatsWorkspace& w, const Target& target) {
   switch (block_rows(p.rows)) {
     case 8:
-      return launch_product<T, 8>(p, w, device, stream);
+      return launch_product<T, T, 8>(p, w, target);
     case 16:
-      return launch_product<T, 16>(p, w, device, stream);
+      return launch_product<T, T, 16>(p, w, target);
     case 32:
-      return launch_product<T, 32>(p, w, device, stream);
+      return launch_product<T, T, 32>(p, w, target);
     default:
-      return launch_product<T, 64>(p, w, device, stream);
+      return launch_product<T, T, 64>(p, w, target);
   }
+}
+
+// Fewer shapes for a weight that is widened on its way: with more hidden rows its stages would not fit everywhere.
+template <class T>
+void launch_fp8(const ExitStatsParams& p, const ExitStatsWorkspace& w, const Target& target) {
+  if (p.rows <= 16) return launch_product<Float8, T, 16>(p, w, target);
+  return launch_product<Float8, T, 32>(p, w, target);
 }
 
 }  // namespace
 
 int64_t exit_stats_workspace(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t topk, bool draws) {
-  return plan(head, rows, vocab, width, topk, draws, nullptr).bytes;
+  return plan(head, DType::bfloat16, rows, vocab, width, topk, draws, nullptr).bytes;
 }
 
 void exit_stats(const ExitStatsParams& p, int device, void* stream_handle) {
   const OnDevice on_device(device);
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  const auto [w, padded_rows, bytes] =
-      plan(p.head.dtype, p.rows, p.vocab, p.width, p.topk, p.seeds != nullptr, static_cast<char*>(p.workspace));
-  launch(&normalise_kernel, padded_rows, kThreads, 2 * kWarps * static_cast<int>(sizeof(double)), stream, p, w.x,
-         w.x_width);
-  if (p.head.dtype == DType::float32)
-    launch_rows<float>(p, w, device, stream);
+  const Target target(device, static_cast<cudaStream_t>(stream_handle));
+  const auto [w, padded_rows, bytes] = plan(p.head.dtype, p.hidden_dtype, p.rows, p.vocab, p.width, p.topk,
+                                            p.seeds != nullptr, static_cast<char*>(p.workspace));
+  launch(&normalise_kernel, padded_rows, kThreads, kNormaliseScratch, target.stream, p, w);
+  if (sm90_takes(p, device))
+    exit_stats_sm90(p, w, target);
+  else if (p.head.dtype == DType::float8_e4m3 && w.x_dtype == DType::bfloat16)
+    launch_fp8<BFloat16>(p, w, target);
+  else if (p.head.dtype == DType::float8_e4m3)
+    launch_fp8<Float16>(p, w, target);
+  else if (p.head.dtype == DType::float32)
+    launch_rows<float>(p, w, target);
   else if (p.head.dtype == DType::bfloat16)
-    launch_rows<BFloat16>(p, w, device, stream);
+    launch_rows<BFloat16>(p, w, target);
   else
-    launch_rows<Float16>(p, w, device, stream);
-  launch(&finish_kernel, p.rows, 32, 0, stream, p, w);
+    launch_rows<Float16>(p, w, target);
+  launch(&finish_kernel, p.rows, 32, 0, target.stream, p, w);
 }
 
 }  // namespace exeunt::cuda

@@ -1,5 +1,6 @@
-// Every inline PTX string of exeunt, each behind a function that says what it does. What lies in which lane is written
-// down in the PTX manual's figures for the instruction named; tests/cuda_on_cpu holds each string to that.
+// Every inline PTX string of exeunt, beside those of Hopper alone (ptx_sm90.cuh), each behind a function that says what
+// it does. What lies in which lane is written down in the PTX manual's figures for the instruction named;
+// tests/cuda_on_cpu holds each string to that.
 #pragma once
 #ifdef EXEUNT_CUDA_EMULATED
 #include "ptx_emulated.h"
@@ -12,14 +13,19 @@
 
 namespace exeunt::cuda::ptx {
 
-// The block's dynamic shared memory, 128-byte aligned.
+// The block's dynamic shared memory, 1024-byte aligned.
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char exeunt_shared[];
+  extern __shared__ __align__(1024) char exeunt_shared[];
   return exeunt_shared;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// __syncthreads() of `threads` threads, which must be whole warps, at the block's barrier `id` (1..15).
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
 
 // Copies `bytes` (0..16) from global to shared memory, past L1, and zeros up to 16; both addresses are 16-byte aligned.
@@ -37,6 +43,13 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// Products of two pairs of bfloat16, rounded; subnormal numbers count.
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm volatile("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
 }
 
 // Four 8x8 matrices of 16-bit elements: lane 8 m + i brings the address of row i of matrix m; lane 4 i + c receives

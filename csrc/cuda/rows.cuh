@@ -1,4 +1,4 @@
-// Hidden rows before the product: picked, normalised and rounded once, as csrc/cpu/rows.h does it.
+// Hidden rows before a product: picked and normalised, as csrc/cpu/rows.h does it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,46 +36,34 @@ __device__ __forceinline__ double block_sum(double value, double* scratch) {
   return sum;
 }
 
-// Row blockIdx.x of x [.., x_width], of the dtype of the head, x_width being D padded with zeros. Rows that are not
-// live are zeros, a row whose index is out of range is NaN. Statistics are taken in double: D is short beside the
-// product, and squares of large hidden values cannot overflow.
-__global__ void __launch_bounds__(kThreads)
-    normalise_kernel(const __grid_constant__ ExitStatsParams p, char* x, int64_t x_width) {
-  double* scratch = reinterpret_cast<double*>(ptx::dynamic_shared());  // [2][kWarps]
-  const int64_t m = blockIdx.x, width = p.width, out = m * x_width;
-  const bool live = m < live_rows(p);
-  const int64_t row = live ? hidden_row(p, m) : -1;
-  if (row < 0) {
-    const float fill = live ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
-    for (int64_t d = threadIdx.x; d < x_width; d += kThreads)
-      store_at(x, p.head.dtype, out + d, d < width ? fill : 0.0f);
-    return;
-  }
-  const auto hidden = [&](int64_t d) {
-    return static_cast<double>(value_at(p.hidden, p.hidden_dtype, row * p.hidden_stride + d));
-  };
+// write(d, value) for the norm of the row of `width` elements that begins at element `at` of hidden, by the threads of
+// the block. Statistics are taken in double: D is short beside the product, and squares of large hidden values cannot
+// overflow. `scratch` [2][kWarps].
+template <class Write>
+__device__ __forceinline__ void normalise(const void* data, DType dtype, int64_t at, int64_t width, const NormArg& norm,
+                                          double* scratch, Write write) {
+  const auto hidden = [&](int64_t d) { return static_cast<double>(value_at(data, dtype, at + d)); };
   double mean = 0.0, rstd = 1.0;
-  if (p.norm.kind == Norm::layer) {
+  if (norm.kind == Norm::layer) {
     double sum = 0.0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) sum += hidden(d);
     mean = block_sum(sum, scratch) / static_cast<double>(width);
   }
-  if (p.norm.kind != Norm::none) {
+  if (norm.kind != Norm::none) {
     double power = 0.0;
     for (int64_t d = threadIdx.x; d < width; d += kThreads) power += (hidden(d) - mean) * (hidden(d) - mean);
     power = block_sum(power, scratch + kWarps) / static_cast<double>(width);
-    rstd = 1.0 / sqrt(power + static_cast<double>(p.norm.eps));
+    rstd = 1.0 / sqrt(power + static_cast<double>(norm.eps));
   }
-  const VectorArg weight = p.norm.weight, bias = p.norm.bias;
-  for (int64_t d = threadIdx.x; d < x_width; d += kThreads) {
-    double value = 0.0;
-    if (d < width) {
-      value = (hidden(d) - mean) * rstd;
-      if (weight.data) value *= static_cast<double>(value_at(weight.data, weight.dtype, d * weight.stride));
-      if (bias.data) value += static_cast<double>(value_at(bias.data, bias.dtype, d * bias.stride));
-    }
-    store_at(x, p.head.dtype, out + d, static_cast<float>(value));
+  const VectorArg weight = norm.weight, bias = norm.bias;
+  for (int64_t d = threadIdx.x; d < width; d += kThreads) {
+    double value = (hidden(d) - mean) * rstd;
+    if (weight.data) value *= static_cast<double>(value_at(weight.data, weight.dtype, d * weight.stride));
+    if (bias.data) value += static_cast<double>(value_at(bias.data, bias.dtype, d * bias.stride));
+    write(d, static_cast<float>(value));
   }
 }
+
+constexpr int kNormaliseScratch = 2 * kWarps * static_cast<int>(sizeof(double));
 
 }  // namespace exeunt::cuda

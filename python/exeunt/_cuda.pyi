@@ -3,10 +3,14 @@ CUDA kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 """
 from __future__ import annotations
 import typing
-__all__: list[str] = ['built_archs', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'runtime_version', 'version']
+__all__: list[str] = ['built_archs', 'compact', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'expand', 'runtime_version', 'saturation', 'small_head', 'small_head_workspace', 'takes_float8', 'version']
 def built_archs() -> str:
     """
     Architectures that this module holds kernels for, as CMake names them.
+    """
+def compact(mask: typing.SupportsInt | typing.SupportsIndex, stride: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Rows of a mask first; see exeunt.ops.compact.
     """
 def compute_capability(device: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
@@ -24,8 +28,25 @@ def exit_stats_workspace(head_dtype: typing.SupportsInt | typing.SupportsIndex, 
     """
     Bytes of workspace that exit_stats needs.
     """
+def expand(rows: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, compacted: typing.SupportsInt | typing.SupportsIndex, into: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, n: typing.SupportsInt | typing.SupportsIndex, row_bytes: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Rows back in their places; see exeunt.ops.expand.
+    """
 def runtime_version() -> int:
     """
     CUDA runtime this module was built with.
     """
+def saturation(a: typing.SupportsInt | typing.SupportsIndex, a_dtype: typing.SupportsInt | typing.SupportsIndex, a_stride: typing.SupportsInt | typing.SupportsIndex, b: typing.SupportsInt | typing.SupportsIndex, b_dtype: typing.SupportsInt | typing.SupportsIndex, b_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Cosine of pairs of rows; see exeunt.ops.saturation.
+    """
+def small_head(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, norm_weight: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], norm_bias: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], eps: typing.SupportsFloat | typing.SupportsIndex, pooler: tuple[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], head: tuple[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bool, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], out: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Fused norm, pooler and head of few classes; see exeunt.ops.small_head.
+    """
+def small_head_workspace(dtype: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, pooled: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Bytes of workspace that small_head needs.
+    """
+takes_float8: bool = True
 version: str = '0.1.0'

@@ -5,14 +5,16 @@
 //   thread    a fiber; it gives way only where it waits for others: barriers, warp operations, its end
 //   warp op   a rendezvous: the last lane to arrive computes what every lane receives
 //   cp.async  each copy lands at once or not before it is waited for; until then its target holds NaN
+//   Hopper    mbarriers, bulk copies, products of a warpgroup: ptx_sm90_emulated.h
 //   shared    dynamic shared memory is NaN (0xFF) at the start of every block
 //   schedule  `emu::schedule = 0`: threads in order, copies late; any other seed: a random order, some copies early
 //
 // Errors end the launch with emu::Error: a deadlock (naming who waits where), lanes that meet in different operations,
 // a misaligned or out-of-bounds address in a copy or a matrix load, a thread that ends with copies in flight.
 //
-// Under ThreadSanitizer every thread is a TSan fiber, ordered with others by barriers and __syncwarp alone, so a
-// missing barrier is reported as the race that it is. Under AddressSanitizer shared memory ends where it ends.
+// Under ThreadSanitizer every thread is a TSan fiber, ordered with others by barriers, mbarriers, __syncwarp and
+// wgmma's aligned instructions alone, so a missing barrier is reported as the race that it is. Under AddressSanitizer
+// shared memory ends where it ends.
 //
 // What it cannot see: wrong PTX strings (ptx_layouts.py holds those to their documentation), what nvcc makes of the
 // code, bank conflicts, registers, speed, and races between blocks.
@@ -25,6 +27,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -63,7 +66,7 @@ struct Error : std::runtime_error {
 
 inline unsigned schedule = 0;
 
-enum class State : uint8_t { ready, at_barrier, at_warp_op, done };
+enum class State : uint8_t { ready, at_barrier, at_warp_op, at_mbarrier, done };
 
 struct Copy {
   void* to;
@@ -72,14 +75,26 @@ struct Copy {
   bool landed;
 };
 
+// A product of a warpgroup that is under way.
+struct Product {
+  float* results;
+  std::function<void()> run;
+};
+
 struct Thread {
   Fiber fiber;
   dim3 index;
   int linear = 0;
   State state = State::ready;
   const char* where = "its start";
+  int barrier = 0;                        // which one it is at
+  const void* awaited = nullptr;          // the mbarrier that it is at
   std::vector<Copy> open;                 // cp.async not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  bool fenced = false;                    // wgmma: a fence since the last commit
+  std::vector<Product> products;          // not yet committed
+  std::vector<std::vector<Product>> product_groups;
+  std::map<float*, std::vector<float>> held;  // what accumulators hold that products have taken
 };
 
 struct Warp {
@@ -89,15 +104,25 @@ struct Warp {
   void* out[32];
 };
 
+// One of a block's sixteen barriers; __syncthreads is the first.
+struct Barrier {
+  int waiting = 0;
+  unsigned passed = 0;
+  char order[2];  // what TSan orders threads by, in turn
+};
+
 struct Block {
   dim3 index;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  int alive = 0, waiting = 0;
-  unsigned barriers = 0;  // passed so far
-  char order[2], ended;   // what TSan orders threads by: barriers in turn, the end of the block
+  int alive = 0;
+  Barrier barriers[16];
+  char began, ended;                             // what TSan orders threads by
+  bool unfenced = false;                         // an mbarrier was initialised and the copy engine not told
+  std::vector<std::function<void()>> in_flight;  // bulk copies
+  Engines engines;                               // that make them
   Fiber main;
   const std::function<void()>* kernel = nullptr;
   std::string error;
@@ -121,27 +146,48 @@ NO_TSAN inline void give_way() { switch_fiber(self->fiber, block->main); }
   for (;;) give_way();
 }
 
-NO_TSAN inline void open_barrier(Block& b) {
-  b.waiting = 0;
-  ++b.barriers;
+NO_TSAN inline void open_barrier(Block& b, int id) {
+  b.barriers[id].waiting = 0;
+  ++b.barriers[id].passed;
   for (Thread& t : b.threads)
-    if (t.state == State::at_barrier) t.state = State::ready;
+    if (t.state == State::at_barrier && t.barrier == id) t.state = State::ready;
 }
 
-NO_TSAN inline void wait_at_barrier(Block& b) {
+NO_TSAN inline void wait_at_barrier(Block& b, int id, int threads, const char* where) {
   Unseen unseen;
-  self->where = "__syncthreads";
-  if (++b.waiting == b.alive) return open_barrier(b);
+  self->where = where;
+  self->barrier = id;
+  if (++b.barriers[id].waiting == threads) return open_barrier(b, id);
   self->state = State::at_barrier;
   give_way();
 }
 
-NO_TSAN inline void barrier() {
+// `threads` of the block meet, or all that have not ended.
+NO_TSAN inline void barrier(int id, int threads, const char* where) {
   Block& b = *block;
-  char* order = &b.order[b.barriers & 1];
+  char* order = &b.barriers[id].order[b.barriers[id].passed & 1];
   tsan_release(order);
-  wait_at_barrier(b);
+  wait_at_barrier(b, id, threads ? threads : b.alive, where);
   tsan_acquire(order);
+}
+
+inline void wake(const void* mbarrier) {
+  for (Thread& t : block->threads)
+    if (t.state == State::at_mbarrier && t.awaited == mbarrier) t.state = State::ready;
+}
+
+// Runs `copy` at some later time, as the copy engine would: beside all threads, ordered after the calling one only.
+template <class Run>
+void later(Run copy) {
+  auto order = std::make_shared<char>();
+  tsan_release(order.get());
+  Unseen unseen;
+  block->in_flight.push_back([copy, order] {
+    block->engines.run([&] {
+      tsan_acquire(order.get());
+      copy();
+    });
+  });
 }
 
 // The lanes of `mask` meet; the last to arrive runs combine(in, out), arrays over the lanes.
@@ -178,14 +224,16 @@ NO_TSAN inline void end_thread() {
   tsan_release(&block->ended);
   Unseen unseen;
   self->state = State::done;
-  if (--block->alive && block->waiting == block->alive) open_barrier(*block);
+  if (--block->alive && block->barriers[0].waiting == block->alive) open_barrier(*block, 0);
 }
 
 NO_TSAN inline void thread_main() {
   fiber_started();
+  tsan_acquire(&block->began);
   try {
     (*block->kernel)();
     if (!self->open.empty() || !self->groups.empty()) throw Error("a thread ended with cp.async in flight");
+    if (!self->products.empty() || !self->product_groups.empty()) throw Error("a thread ended with wgmma in flight");
   } catch (const std::exception& e) {
     if (block->error.empty()) block->error = e.what();
   }
@@ -205,7 +253,9 @@ inline void run_block(Block& b, std::vector<Stack>& stacks) {
   const int n = static_cast<int>(b.threads.size());
   std::vector<int> order(n);
   b.alive = n;
-  b.waiting = 0;
+  for (Barrier& barrier : b.barriers) barrier.waiting = 0;
+  b.unfenced = false;
+  b.in_flight.clear();
   b.error.clear();
   block = &b;
   FiberScope scope(b.main);
@@ -216,9 +266,14 @@ inline void run_block(Block& b, std::vector<Stack>& stacks) {
     t.state = State::ready;
     t.open.clear();
     t.groups.clear();
+    t.products.clear();
+    t.product_groups.clear();
+    t.held.clear();
+    t.fenced = false;
     make_fiber(t.fiber, stacks[i], &thread_main);
   }
   for (Warp& w : b.warps) w = Warp{};
+  tsan_release(&b.began);
   if (b.shared) std::memset(b.shared, 0xFF, b.shared_bytes);
   while (b.alive && b.error.empty()) {
     bool ran = false;
@@ -231,10 +286,19 @@ inline void run_block(Block& b, std::vector<Stack>& stacks) {
       switch_fiber(b.main, self->fiber);
       if (!b.error.empty()) break;
     }
-    if (!ran) b.error = deadlock(b);
+    // A bulk copy lands when nobody can go on without it, or when the schedule says so.
+    const size_t flying = b.in_flight.size();
+    if (flying && (!ran || (schedule && b.random() % 4 == 0))) {
+      const size_t which = schedule ? b.random() % flying : 0;
+      const auto land = std::move(b.in_flight[which]);
+      b.in_flight.erase(b.in_flight.begin() + static_cast<std::ptrdiff_t>(which));
+      land();
+    } else if (!ran && b.error.empty()) {
+      b.error = deadlock(b);
+    }
   }
+  if (b.error.empty() && !b.in_flight.empty()) b.error = "the block ended with bulk copies in flight";
   tsan_acquire(&b.ended);
-  for (Thread& t : b.threads) end_fiber(t.fiber);
   block = nullptr;
   self = nullptr;
   if (!b.error.empty()) throw Error(b.error);
@@ -247,8 +311,8 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
   std::unique_ptr<unsigned char, decltype(&std::free)> shared(nullptr, std::free);
   Block b;
   if (shared_bytes) {
-    b.shared_bytes = (shared_bytes + 127) / 128 * 128;
-    shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, b.shared_bytes)));
+    b.shared_bytes = (shared_bytes + 1023) / 1024 * 1024;
+    shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, b.shared_bytes)));
   }
   b.shared = shared.get();
   b.threads.resize(threads);
@@ -267,7 +331,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
 
 }  // namespace emu
 
-inline void __syncthreads() { emu::barrier(); }
+inline void __syncthreads() { emu::barrier(0, 0, "__syncthreads"); }
 
 inline void __syncwarp(uint32_t mask = ~0u) {
   int in = 0, out = 0;
@@ -331,5 +395,7 @@ inline T atomicAdd(T* at, T value) {
 }
 
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
+
+inline int __popc(uint32_t bits) { return std::popcount(bits); }
 
 inline float __fmaf_rn(float a, float b, float c) { return a * b + c; }

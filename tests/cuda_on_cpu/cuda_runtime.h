@@ -1,7 +1,12 @@
-// The CUDA runtime as far as csrc/cuda calls it, in front of the toolkit's header of this name: one emulated device of
-// compute capability 8.0 with three multiprocessors, so that persistent blocks take several tiles each.
+// The CUDA runtime as far as csrc/cuda calls it, in front of the toolkit's header of this name: one emulated device
+// with three multiprocessors, so that persistent blocks take several tiles each.
 #pragma once
+#include "cuda.h"
 #include "cuda_emulation.h"
+
+namespace emu {
+inline int capability = 80;  // of the device: 80 or 90, whose kernels then run
+}
 
 #define CUDART_VERSION 13000
 
@@ -17,6 +22,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
@@ -36,14 +42,28 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int values[] = {3, 164 << 10, 8, 0};
+  const bool hopper = emu::capability == 90;
+  const int values[] = {3, (hopper ? 228 : 164) << 10, hopper ? 227 << 10 : 99 << 10, emu::capability / 10, 0};
   *value = values[attribute];
   return cudaSuccess;
 }
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= 99 << 10 ? cudaSuccess : cudaErrorInvalidValue;  // what the smallest supported device grants
+  int most = 0;  // for 80 what the smallest supported device grants
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  return bytes <= most ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+constexpr unsigned long long cudaEnableDefault = 0;
+
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *entry = known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
 }
 
 template <class... Params, class... Args>

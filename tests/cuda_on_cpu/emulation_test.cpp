@@ -2,7 +2,8 @@
 #include <cstdio>
 #include <string>
 
-#include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
+#include "cuda/tensor_map.h"
 
 using namespace exeunt::cuda;
 
@@ -19,7 +20,7 @@ void expect(bool ok, const std::string& what) {
 template <class Kernel>
 std::string error_of(int threads, Kernel kernel) {
   try {
-    emu::launch(dim3(1), dim3(threads), 256, kernel);
+    emu::launch(dim3(1), dim3(threads), 1024, kernel);
   } catch (const emu::Error& e) {
     return e.what();
   }
@@ -69,8 +70,49 @@ void mistakes_are_refused() {
                  }));
   expect_refused("not 16-byte aligned", error_of(1, [] { ptx::cp_async_16(ptx::dynamic_shared(), global + 2, 16); }));
   expect_refused("outside dynamic shared",
-                 error_of(1, [] { ptx::cp_async_16(ptx::dynamic_shared() + 256, global, 4); }));
+                 error_of(1, [] { ptx::cp_async_16(ptx::dynamic_shared() + 1024, global, 4); }));
   expect_refused("source size", error_of(1, [] { ptx::cp_async_16(ptx::dynamic_shared(), global, 17); }));
+}
+
+uint64_t* barrier() { return reinterpret_cast<uint64_t*>(ptx::dynamic_shared()); }
+
+void barriers_count_arrivals_and_bytes() {
+  int passed = 0;
+  const std::string error = error_of(64, [&] {
+    if (threadIdx.x == 0) ptx::mbarrier_init(barrier(), 64);
+    __syncthreads();
+    expect(ptx::mbarrier_try_wait(barrier(), 1), "the phase before the first has completed");
+    ptx::mbarrier_arrive(barrier());
+    ptx::mbarrier_try_wait(barrier(), 0);
+    ++passed;
+    ptx::mbarrier_arrive(barrier());
+    ptx::mbarrier_try_wait(barrier(), 1);
+    ++passed;
+    ptx::barrier_sync(1 + threadIdx.x / 32, 32);
+  });
+  expect(error.empty() && passed == 128, "two phases: " + error);
+  expect_refused("was not initialised", error_of(1, [] { ptx::mbarrier_arrive(barrier()); }));
+  expect_refused("thread 0 at mbarrier.try_wait", error_of(1, [] {
+                   ptx::mbarrier_init(barrier(), 1);
+                   ptx::mbarrier_arrive_expect_tx(barrier(), 16);
+                   ptx::mbarrier_try_wait(barrier(), 0);
+                 }));
+  expect_refused("thread 0 at bar.sync", error_of(32, [] { ptx::barrier_sync(1, 64); }));
+}
+
+void products_of_warpgroups_are_fenced_committed_and_awaited() {
+  const uint64_t rows = uint64_t{1} << 62;
+  expect_refused("no wgmma.fence", error_of(128, [=] {
+                   float d[1][4] = {};
+                   ptx::wgmma<exeunt::BFloat16, 8>(d, rows, rows);
+                 }));
+  expect_refused("wgmma in flight", error_of(128, [=] {
+                   float d[1][4] = {};
+                   ptx::wgmma_fence();
+                   ptx::wgmma<exeunt::BFloat16, 8>(d, rows, rows);
+                   ptx::wgmma_wait<0>();
+                   expect(d[0][0] != d[0][0], "results are NaN until they were committed and waited for");
+                 }));
 }
 
 }  // namespace
@@ -80,6 +122,8 @@ int main() {
     emu::schedule = schedule;
     warps_exchange();
     mistakes_are_refused();
+    barriers_count_arrivals_and_bytes();
+    products_of_warpgroups_are_fenced_committed_and_awaited();
   }
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -8,6 +8,12 @@ namespace exeunt::cuda::ptx {
 
 inline char* dynamic_shared() { return reinterpret_cast<char*>(emu::block->shared); }
 
+inline void barrier_sync(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32)
+    emu::fail("bar.sync: the barrier is not one of 1..15, or threads are no whole warps");
+  emu::barrier(id, threads, "bar.sync");
+}
+
 inline void check_shared(const char* op, const void* at) {
   const auto* p = static_cast<const unsigned char*>(at);
   if (reinterpret_cast<uintptr_t>(at) % 16) emu::fail(std::string(op) + ": a shared address is not 16-byte aligned");
@@ -47,6 +53,15 @@ inline void cp_async_wait() {
     emu::Unseen unseen;
     groups.erase(groups.begin());
   }
+}
+
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  const auto half = [&](int at) {
+    const float x = to_float(BFloat16{static_cast<uint16_t>(a >> at)});
+    const float y = to_float(BFloat16{static_cast<uint16_t>(b >> at)});
+    return static_cast<uint32_t>(to_bfloat16(x * y).bits) << at;
+  };
+  return half(0) | half(16);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {

@@ -1,4 +1,4 @@
-"""What is particular to exit_stats on CUDA, by emulation: schedules, huge vocabularies, indices that nobody checked."""
+"""What is particular to the CUDA kernels, by emulation: schedules, huge vocabularies, indices that nobody checked."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from op_inputs import make, norm_args
 pytestmark = pytest.mark.skipif(not backends.emulated(), reason="needs a build with EXEUNT_EMULATE=ON")
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    backends.patch_cpu(monkeypatch)
+@pytest.fixture(params=backends.CAPABILITIES)
+def emulated(request, monkeypatch):
+    backends.patch_cpu(monkeypatch, request.param)
     return _backend.cpu.module
 
 
@@ -39,7 +39,8 @@ def test_bits_do_not_depend_on_the_schedule(emulated, dtype):
 
 def test_a_vocabulary_whose_chunks_hold_several_tiles(emulated):
     v = 2048 * 128 + 129
-    hidden, head = make(2, v, 1, torch.float32)
+    dtype = torch.bfloat16 if emulated.compute_capability(0) == 90 else torch.float32
+    hidden, head = make(2, v, 8, dtype)
     seeds, target = torch.arange(2), torch.tensor([0, v - 1])
     got = ops.exit_stats(hidden, head, topk=8, seeds=seeds, target=target)
     exact = reference.exit_stats(hidden.double(), head, topk=8, seeds=seeds, target=target)
@@ -47,6 +48,22 @@ def test_a_vocabulary_whose_chunks_hold_several_tiles(emulated):
         assert torch.equal(getattr(got, name), getattr(exact, name)), name
     for name in ("top1", "top2", "sumexp", "weighted", "target"):
         torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_blocks_of_many_rows(emulated, dtype):
+    """Two tiles side by side, an odd number of them, rows that fill no block; long lists take other blocks."""
+    hidden, head = make(140, 3 * 128 + 5, 72, dtype)
+    every = torch.arange(140)
+    asked = dict(target=every, **norm_args("rms", 72, dtype))
+    got = ops.exit_stats(hidden, head, seeds=every, **asked)
+    exact = reference.exit_stats(hidden.double(), head, **asked)
+    torch.testing.assert_close(got.top1.double(), exact.top1, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.weighted.double(), exact.weighted, rtol=1e-3, atol=1e-2)
+    listed = ops.exit_stats(hidden, head, seeds=every, topk=8, **asked)
+    for a, b in zip(got[:6], listed[:6], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(got.sample, listed.sample) and torch.equal(listed.topk_ids[:, 0], got.argmax)
 
 
 def test_workspace_does_not_grow_with_the_vocabulary(emulated):
@@ -86,3 +103,38 @@ def test_an_error_names_the_op_and_its_shapes(emulated, monkeypatch):
     monkeypatch.setattr(_backend.cpu, "exit_stats", lambda *args: run(*args[:-1], 7, 0))
     with pytest.raises(RuntimeError, match=r"exit_stats: hidden \[3, 40\], 3 rows .* head \[50, 40\], on cuda:7: .+"):
         ops.exit_stats(hidden, head)
+
+
+def test_compact_and_expand(emulated, monkeypatch):
+    calls = []
+    for name in ("compact", "expand"):
+        run = getattr(_backend.cpu, name)
+        monkeypatch.setattr(_backend.cpu, name, lambda *a, run=run, name=name: (calls.append(name), run(*a)))
+    for n, share in ((1, 1.0), (5, 0.0), (127, 0.5), (129, 0.9), (700, 0.3), (700, 1.0)):
+        g = torch.Generator().manual_seed(n)
+        mask = (torch.rand(2 * n, generator=g) < share)[::2]
+        tensors = torch.rand(n, generator=g), torch.rand(n, 2, 4, generator=g), torch.rand(n, 3).bfloat16()
+        rows, count, *moved = ops.compact(mask, *tensors)
+        want_rows, want_count, *want = reference.compact(mask, *tensors)
+        assert torch.equal(rows, want_rows) and torch.equal(count, want_count) and count.shape == ()
+        for a, b in zip(moved, want, strict=True):
+            assert torch.equal(a, b)
+            into = torch.zeros_like(a)
+            assert torch.equal(ops.expand(rows, count, a, into), reference.expand(rows, count, a, into))
+            assert not into.any()
+    assert calls == ["compact", "expand", "expand", "expand"] * 6
+
+
+def test_errors_of_the_other_ops_name_them(emulated, monkeypatch):
+    x, mask = torch.zeros(3, 40), torch.ones(3, dtype=torch.bool)
+    run = emulated
+    with pytest.raises(RuntimeError, match=r"saturation: hidden and previous \[3, 40\], on cuda:7: .+"):
+        run.saturation(x.data_ptr(), 0, 40, x.data_ptr(), 0, 40, 3, 40, x.data_ptr(), 7, 0)
+    with pytest.raises(RuntimeError, match=r"compact: mask \[3\], on cuda:7: .+"):
+        run.compact(mask.data_ptr(), 1, 3, x.data_ptr(), x.data_ptr(), 7, 0)
+    with pytest.raises(RuntimeError, match=r"expand: 3 rows of 160 bytes, on cuda:7: .+"):
+        run.expand(*(x.data_ptr(),) * 5, 3, 160, 7, 0)
+    small_head = run.small_head
+    monkeypatch.setattr(_backend.cpu, "small_head", lambda *args: small_head(*args[:-2], x.data_ptr(), 7, 0))
+    with pytest.raises(RuntimeError, match=r"small_head: hidden \[3, 40\], weight \[2, 40\], on cuda:7: .+"):
+        ops.small_head(x, torch.zeros(2, 40))

@@ -1,4 +1,4 @@
-"""exit_stats on a CUDA device: graphs, streams, no waiting, and tensors that lie in different places."""
+"""exit_stats and the ops beside it on a CUDA device: graphs, streams, no waiting, tensors in different places."""
 
 from __future__ import annotations
 
@@ -53,6 +53,37 @@ def test_it_never_waits_for_the_device():
         ops.exit_stats(hidden, head, columns=asked["target"])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_other_ops_never_wait_and_follow_a_graph():
+    hidden, head = on_device(n=300)
+    narrow, mask = ops.Fp8Head(head), torch.zeros(300, dtype=torch.bool, device="cuda")
+
+    def step():
+        rows, count, moved = ops.compact(mask, hidden)
+        back = ops.expand(rows, count, moved, torch.zeros_like(hidden))
+        classes = ops.small_head(moved, head[:3], norm="rms")
+        return rows, count, back, classes, ops.saturation(moved, hidden), ops.exit_stats(moved, narrow, count=count)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, count, back, classes, cosine, stats = step()
+    for share in (0.0, 0.3, 1.0):
+        mask.copy_(torch.rand(300) < share)
+        graph.replay()
+        order = (~mask.cpu()).argsort(stable=True)
+        live = int(mask.sum())
+        assert rows.tolist() == order.tolist() and int(count) == live
+        assert torch.equal(back, torch.where(mask[:, None], hidden, 0))
+        torch.testing.assert_close(cosine, torch.cosine_similarity(hidden[rows].float(), hidden.float()))
+        assert torch.equal(classes, ops.small_head(hidden[rows], head[:3], norm="rms"))
+        want = ops.exit_stats(hidden[rows], narrow)
+        assert torch.equal(stats.top1[:live], want.top1[:live]) and (stats.argmax[live:] == -1).all()
 
 
 def test_it_runs_on_the_current_stream():

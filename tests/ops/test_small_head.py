@@ -23,7 +23,7 @@ def close(got, exact, dtype):
 @pytest.mark.parametrize("kind", [None, "rms", "layer"])
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("n,v,d,p", [(0, 2, 8, 8), (1, 2, 31, 33), (3, 35, 64, 20), (40, 17, 70, 70)])
-def test_small_heads_match_the_reference(isa, n, v, d, p, pooled, kind, dtype):
+def test_small_heads_match_the_reference(backend, n, v, d, p, pooled, kind, dtype):
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(n, d, generator=g).to(dtype)
     weight = (torch.randn(v, p if pooled else d, generator=g) / 6).to(dtype)
@@ -40,7 +40,7 @@ def test_small_heads_match_the_reference(isa, n, v, d, p, pooled, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_probes_match_the_reference(isa, dtype):
+def test_probes_match_the_reference(backend, dtype):
     g = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(9, 50, generator=g).to(dtype), torch.randn(50, generator=g)
     inner, inner_weight = torch.randn(20, 50, generator=g) / 5, torch.randn(20, generator=g)
@@ -51,7 +51,7 @@ def test_probes_match_the_reference(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_saturation_matches_the_reference(isa, dtype):
+def test_saturation_matches_the_reference(backend, dtype):
     g = torch.Generator().manual_seed(3)
     a, b = (torch.randn(7, 77, generator=g).to(dtype)[:, ::2] for _ in range(2))
     a[1], b[2] = b[1], 0
@@ -60,7 +60,7 @@ def test_saturation_matches_the_reference(isa, dtype):
     assert got[1] == 1.0 and got[2] == 0.0
 
 
-def test_rows_keep_their_bits_in_any_batch_and_thread_count(isa):
+def test_rows_keep_their_bits_in_any_batch_and_thread_count(backend):
     g = torch.Generator().manual_seed(4)
     hidden, weight, pooler = (torch.randn(s, generator=g) for s in ((50, 300), (6, 400), (400, 300)))
     threads = torch.get_num_threads()
@@ -73,7 +73,7 @@ def test_rows_keep_their_bits_in_any_batch_and_thread_count(isa):
         torch.set_num_threads(threads)
 
 
-def test_what_is_not_finite_stays_in_its_row(isa):
+def test_what_is_not_finite_stays_in_its_row(backend):
     hidden = torch.randn(4, 32)
     clean = ops.probe(hidden, torch.ones(32), norm="rms")
     hidden[2, 3] = torch.nan

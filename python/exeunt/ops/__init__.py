@@ -4,6 +4,7 @@ from exeunt.ops._backend import DTYPES
 from exeunt.ops.classify import Check, classify
 from exeunt.ops.compact import compact, expand
 from exeunt.ops.exit_stats import exit_stats
+from exeunt.ops.fp8_head import Fp8Head
 from exeunt.ops.kv_fill import kv_fill
 from exeunt.ops.kv_stack import KVCache, KVLayer, KVStack
 from exeunt.ops.packed_head import PackedHead
@@ -13,6 +14,7 @@ from exeunt.ops.small_head import probe, saturation, small_head
 __all__ = [
     "DTYPES",
     "Check",
+    "Fp8Head",
     "KVCache",
     "KVLayer",
     "KVStack",

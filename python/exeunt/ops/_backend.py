@@ -16,7 +16,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Norms as csrc/core/params.h numbers them.
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
-_INT8 = 3  # of a PackedHead
+_NARROW = {torch.uint8: 3, torch.float8_e4m3fn: 4}  # of a PackedHead, of an Fp8Head
 
 
 def _module(name: str) -> ModuleType | None:
@@ -94,10 +94,10 @@ def vector_arg(t: Tensor | None) -> tuple[int, int, int]:
 
 
 def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, bool, int, int, int, int]:
-    """A weight [V, D] of unit stride along D, or a PackedHead's data, as WeightArg of csrc/core/params.h."""
-    dtype = _INT8 if weight.dtype == torch.uint8 else DTYPES[weight.dtype]
+    """A weight [V, D] of unit stride along D, or what a PackedHead or Fp8Head holds, as WeightArg of core/params.h."""
+    dtype = DTYPES[weight.dtype] if weight.dtype in DTYPES else _NARROW[weight.dtype]
     if weight.dim() == 4:
         tile = weight.shape[1] * 1024
         return weight.data_ptr(), dtype, True, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
     row = weight.stride(0) * weight.element_size()
-    return weight.data_ptr(), dtype, False, 16 * row, row, 64, 0
+    return weight.data_ptr(), dtype, False, 16 * row, row, 64, pointer(scale)

@@ -14,7 +14,7 @@ from exeunt.ops import _backend
 from exeunt.ops.packed_head import unpacked
 from exeunt.stats import ExitStats
 
-_empty, _float, _int = torch.empty, torch.float32, torch.int64
+_empty, _float, _int, _fp8 = torch.empty, torch.float32, torch.int64, torch.float8_e4m3fn
 
 
 class Call(NamedTuple):
@@ -59,6 +59,8 @@ class Call(NamedTuple):
                 raise TypeError(f"exit_stats: head must have the dtype of hidden, {dtype}, got {head.dtype}")
             if d > 1 and head.stride(1) != 1:
                 raise ValueError(f"exit_stats: head must have unit stride along D, got strides {head.stride()}")
+        elif head.dtype == _fp8 and dtype == _float:
+            raise TypeError("exit_stats: hidden must be bfloat16 or float16 beside an Fp8Head, got torch.float32")
         if head.device != device:
             raise ValueError(f"exit_stats: head must be on {device} like hidden, got {head.device}")
         if self.norm not in _backend.NORMS:
@@ -142,8 +144,9 @@ class Call(NamedTuple):
         """The checked call: the kernel where there is one, else the reference."""
         hidden = self.hidden
         kernels = _backend.kernels(hidden.device)
-        if kernels is None:
-            _backend.warn_fallback("exit_stats", hidden.device)
+        fp8 = self.head.dtype == _fp8
+        if kernels is None or (fp8 and not getattr(kernels, "takes_float8", False)):
+            _backend.warn_fallback("exit_stats with an Fp8Head" if fp8 else "exit_stats", hidden.device)
             plain = self._asdict() | {"head": unpacked(self.head, self.head_scale, self.packed), "count": self.live}
             for name in ("head_scale", "packed", "live"):
                 del plain[name]

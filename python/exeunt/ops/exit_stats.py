@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exeunt.ops import _backend, _library
 from exeunt.ops._exit_stats_call import Call
+from exeunt.ops.fp8_head import Fp8Head
 from exeunt.ops.packed_head import PackedHead
 from exeunt.stats import ExitStats
 
@@ -22,7 +23,7 @@ _SCHEMA = (
 
 def exit_stats(
     hidden: Tensor,
-    head: Tensor | PackedHead,
+    head: Tensor | PackedHead | Fp8Head,
     *,
     head_bias: Tensor | None = None,
     norm: str | None = None,
@@ -52,9 +53,9 @@ def exit_stats(
     ----------
     hidden : Tensor
         [N, D] float32, bfloat16 or float16, on any row stride.
-    head : Tensor or PackedHead
+    head : Tensor, PackedHead or Fp8Head
         [V, D] of the same dtype, unit stride along D: an output embedding's weight. Or a packed copy of it, of any
-        dtype.
+        dtype; or, beside bfloat16 or float16 rows, which are then rounded to their own dtype, one in 8 bits.
     head_bias : Tensor, optional
         [V], float32 or the dtype of ``hidden``.
     norm : {None, "rms", "layer"}
@@ -118,8 +119,9 @@ def exit_stats(
     (torch.Size([3]), True)
     """
     weight, head_scale, packed = head, None, None
-    if isinstance(head, PackedHead):
-        head.check()
+    if isinstance(head, (PackedHead, Fp8Head)):
+        if isinstance(head, PackedHead):
+            head.check()
         weight, head_scale, packed = head.data, head.scale, head.shape
     assert isinstance(weight, Tensor)
     call = Call(hidden, weight, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap,

@@ -100,9 +100,12 @@ class PackedHead:
 
 
 def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) -> Tensor:
-    """The [V, D] weight behind a PackedHead's tensors; ``data`` itself where ``shape`` is None: nothing was packed."""
+    """The [V, D] weight behind a PackedHead's or Fp8Head's tensors; ``data`` itself where ``shape`` is None."""
     if shape is None:
         return data
+    if data.dtype == torch.float8_e4m3fn:
+        assert scale is not None
+        return data.float() * scale[:, None]
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
     return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]
 

@@ -263,26 +263,30 @@ def _forward(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    cpu = _backend.cpu
-    if cpu is None or not hidden.is_cpu:
+    kernels = _backend.kernels(hidden.device)
+    if kernels is None:
         _backend.warn_fallback("small_head", hidden.device)
         return reference.small_head(
             hidden, weight, bias, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation,
             final=final, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
         )  # fmt: skip
     n, d = hidden.shape
-    out = torch.empty((n, weight.shape[0]), dtype=torch.float32)
+    out = torch.empty((n, weight.shape[0]), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return out
     if d > 1 and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    vector, threads = _backend.vector_arg, torch.get_num_threads()
+    vector, place = _backend.vector_arg, _backend.place(hidden.device)
     pooler = layer_arg(pooler_weight, pooler_bias, activation)
-    workspace = workspace_for(weight, d, pooler, threads)
-    cpu.small_head(
+    if hidden.is_cpu:
+        workspace = workspace_for(weight, d, pooler, *place)
+    else:
+        size = kernels.small_head_workspace(_backend.DTYPES[weight.dtype], n, d, pooler[2])
+        workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+    kernels.small_head(
         hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _backend.NORMS[norm],
         vector(norm_weight), vector(norm_bias), eps, pooler, layer_arg(weight, bias, final),
-        out.data_ptr(), workspace.data_ptr(), threads,
+        out.data_ptr(), workspace.data_ptr(), *place,
     )  # fmt: skip
     return out
 
@@ -307,16 +311,18 @@ def workspace_for(weight: Tensor, width: int, pooler: Layer, threads: int) -> Te
 
 
 def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:
-    cpu = _backend.cpu
-    if cpu is None or not hidden.is_cpu:
+    kernels = _backend.kernels(hidden.device)
+    if kernels is None:
         _backend.warn_fallback("saturation", hidden.device)
         return reference.saturation(hidden, previous)
     n, d = hidden.shape
     a, b = (t if d <= 1 or t.stride(1) == 1 else t.contiguous() for t in (hidden, previous))
-    out = torch.empty(n, dtype=torch.float32)
-    codes = _backend.DTYPES
-    cpu.saturation(a.data_ptr(), codes[a.dtype], a.stride(0), b.data_ptr(), codes[b.dtype], b.stride(0), n, d,
-                   out.data_ptr())  # fmt: skip
+    out = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    if n == 0:
+        return out
+    codes, place = _backend.DTYPES, _backend.place(hidden.device) if hidden.is_cuda else ()
+    kernels.saturation(a.data_ptr(), codes[a.dtype], a.stride(0), b.data_ptr(), codes[b.dtype], b.stride(0), n, d,
+                       out.data_ptr(), *place)  # fmt: skip
     return out
 
 
