@@ -34,7 +34,7 @@ from exeunt.confidence import ExitPoint
 from exeunt.encoder import AttachedEncoder
 from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, named, parameters_of
 from exeunt.models.token_layers import token_layers
-from exeunt.policies import At, WordPolicy
+from exeunt.policies import WordPolicy
 from exeunt.recipes import Recipe
 from exeunt.states import Freeze
 from exeunt.stats import ExitStats
@@ -212,7 +212,7 @@ class AttachedTagger(AttachedEncoder):
         """After a layer: let the exit head look at all words of the rows that run, and those halt that may."""
         if layer not in self._exits or not run.runs:
             return
-        at = At(self._exits[layer], layer, len(self._exits))
+        at, _ = self._exits[layer]
         if not self._policy.looks(at):
             return
         head, words = self._heads[layer], run.words

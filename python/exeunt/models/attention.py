@@ -15,6 +15,7 @@ are torch's own business: scaled_dot_product_attention with the mask of stock tr
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from typing import Any, TypeGuard
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 
 from exeunt import ops, reference
-from exeunt.models.families import OWN_ATTENTION
 
 __all__ = ["NAME", "attend_apart", "counting", "is_ranges", "register_attention", "spelled_out"]
 
@@ -145,7 +145,7 @@ def _mask(
     else:
         placed = {"q_length": q_length, "q_offset": 0 if q_offset is None else q_offset}
     assert q_length is not None
-    kind, own = _kind(mask_function), getattr(config, "model_type", None) in OWN_ATTENTION
+    kind, own = _kind(mask_function), _own_attention(config)
     if kind is not None and q_length <= FEW and not own and not torch.compiler.is_compiling():
         end = kv_length if kind == "bidirectional" else int(placed.get("q_offset", q_offset)) + q_length - kv_offset
         first, last = _padding(attention_mask, kv_offset, end, batch_size)
@@ -161,6 +161,15 @@ def _mask(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
         attention_mask=attention_mask, **placed, **kwargs,
     )  # fmt: skip
+
+
+def _own_attention(config: Any) -> bool:
+    """Whether a model makes a mask for any attention that is chosen, and then attends in a way of its own.
+
+    Those that ask for implementations by name have the table of them among the names of their module.
+    """
+    modeling = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    return modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _kind(mask_function: Any) -> str | None:

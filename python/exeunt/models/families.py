@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["ATTENTION", "CACHE_KEYWORDS", "KEY_WISE", "LOGIT_BIAS", "LOGIT_SCALES", "OWN_ATTENTION", "SOFTCAP"]
+__all__ = ["ATTENTION", "CACHE_KEYWORDS", "KEY_WISE", "LOGIT_BIAS", "LOGIT_SCALES", "SOFTCAP"]
 
 #: How a decoder layer calls its cache.
 CACHE_KEYWORDS = {"past_key_values", "past_key_value", "layer_past"}
@@ -23,6 +23,3 @@ LOGIT_BIAS = "final_logits_bias"
 
 #: Attention implementations whose arguments can be picked by rows.
 ATTENTION = ("eager", "sdpa", "exeunt")
-
-#: Model types that make a mask for whatever attention is chosen, and then attend in a way of their own.
-OWN_ATTENTION = ("bloom", "mpt")
