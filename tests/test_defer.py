@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="attach needs transformers")
 from transformers import DynamicCache
 
 import exeunt
+from exeunt.models import spread
 from exeunt.states import Defer, Evict, Propagate, Recompute
 from oracle import RunEverything, prompts, tiny_llama
 from scripts import Run, happenings, keys_and_values
@@ -321,3 +322,12 @@ def test_an_adaptive_threshold_needs_defer(model):
         dataclasses.replace(recipe, exits=(1, 2))
     with pytest.raises(ValueError, match="within 0..1, got saturation"):
         exeunt.recipes.free(2, adaptive=True, confidence="saturation")
+
+
+def test_what_a_layer_hands_on_stays_with_rows_that_left():
+    """T5's position bias, where it holds the rows' masks: a row that left at an earlier layer runs on with its own."""
+    before, new, rows = torch.arange(12.0).view(4, 3), torch.ones(2, 3), torch.tensor([0, 3])
+    (got, shared), want = spread((new, new[:1]), rows, 4, (before, None)), before.clone()
+    want[rows] = 1.0
+    assert torch.equal(got, want) and torch.equal(shared, new[:1])
+    assert torch.equal(spread(new[:1], rows[:1], 4, before)[1:], before[1:])

@@ -322,7 +322,7 @@ class Attached(Plug):
                 out = picked.run(lambda own: layer.append(own, rows, gather=not picked.apart))
                 some, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
             after = after.index_copy(0, rows, some)
-            step.rest = spread(rest, rows, step.batch)
+            step.rest = spread(rest, rows, step.batch, step.rest)
         if step.left is not None:
             self._state.skip(layer, i, call, step)
         return after

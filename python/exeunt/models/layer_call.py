@@ -229,17 +229,22 @@ class LayerCall:
             del own.update
 
 
-def spread(value: Any, rows: Tensor, batch: int) -> Any:
-    """What a layer returned for ``rows`` [n] of a batch, laid out for all its rows; the others' places are zero.
+def spread(value: Any, rows: Tensor, batch: int, before: Any = None) -> Any:
+    """What a layer returned for ``rows`` [n] of a batch, laid out for all its rows.
 
     The counterpart of :class:`RowTaker`, for what a layer hands on to later ones beside its output (T5's position
-    bias). A first dimension of one serves any row and stays.
+    bias). The others' places hold what the last layer that ran them returned, ``before``: they may run later. A first
+    dimension of one serves any row and stays.
     """
     if isinstance(value, tuple):
-        return tuple(spread(v, rows, batch) for v in value)
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != len(rows) or len(rows) == 1:
+        earlier = before if isinstance(before, tuple) else [None] * len(value)
+        return tuple(spread(v, rows, batch, b) for v, b in zip(value, earlier, strict=True))
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != len(rows):
         return value
-    return value.new_zeros(batch, *value.shape[1:]).index_copy(0, rows, value)
+    shape = torch.Size((batch, *value.shape[1:]))
+    if isinstance(before, Tensor) and before.shape == shape:
+        return before.index_copy(0, rows, value)
+    return value if len(rows) == 1 else value.new_zeros(shape).index_copy(0, rows, value)
 
 
 def stand_in(cache: Any, length: int) -> Any:
