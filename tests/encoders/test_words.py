@@ -213,3 +213,10 @@ def test_rules_that_are_refused():
         tokee(norm="both")
     with pytest.raises(ValueError, match=r"transitions must be a square bool tensor \[C, C\], got \[2, 3\]"):
         WordWindow(0.5, transitions=torch.ones(2, 3).bool())
+
+
+def test_scores_that_are_not_finite_stay():
+    state = {"segment": torch.zeros(3, dtype=torch.int64), "halted": torch.zeros(3, dtype=torch.bool)}
+    for policy in (WordWindow(0.5, window=1), WordWindow(0.5, window=1, own=0.6)):
+        got = policy.step(state, Evidence(torch.tensor([math.inf, math.nan, 0.9])), At(0, 0, 2))
+        assert got.tolist() == [False, False, True]
