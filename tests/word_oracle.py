@@ -15,6 +15,26 @@ from exeunt.classifier_heads import ClassifierHeads, LinearHead, PoolerHead
 from exeunt.models import discover_encoder, encoder_in
 
 
+def word_pieces(pieces, longest=80):
+    """A tokenizer of BERT's kind for these pieces, built alike by old and new transformers."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {piece: k for k, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=longest,
+    )  # fmt: skip
+
+
 def tagger_heads(model, kind=LinearHead, seed=3, spread=2.5, classes=CLASSES):
     config = encoder_in(model).config
     torch.manual_seed(seed)

@@ -19,10 +19,10 @@ from exeunt.policies.words import window_min
 from exeunt.recipes import Recipe, sentee, tokee
 from exeunt.states import Freeze
 from exeunt.words import word_map, words_of
-from word_oracle import Row, oracle, random_words, tagger_heads
+from word_oracle import Row, oracle, random_words, tagger_heads, word_pieces
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b", "##c", "d"]
-TOKENIZER = transformers.BertTokenizerFast(vocab={piece: k for k, piece in enumerate(PIECES)})
+TOKENIZER = word_pieces(PIECES)
 
 # A row: runs of pieces (a word) or of nothing (special tokens), then padding.
 ROWS = st.lists(
