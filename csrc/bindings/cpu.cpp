@@ -3,8 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -26,32 +24,9 @@ void exit_stats(const ExitStatsParams& params, int threads) {
   cpu::exit_stats(p);
 }
 
-SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,
-                                  int64_t width, const Layer& pooler, const Layer& head, uintptr_t out,
-                                  uintptr_t workspace, int threads) {
-  SmallHeadParams p{};
-  p.hidden = reinterpret_cast<const void*>(hidden);
-  p.hidden_dtype = static_cast<DType>(hidden_dtype);
-  p.hidden_stride = hidden_stride;
-  p.rows = rows;
-  p.width = width;
-  p.tokens = 1;
-  p.pooler = layer_arg(pooler);
-  p.pooled = p.pooler.outputs > 0;
-  p.head = layer_arg(head);
-  p.out = reinterpret_cast<float*>(out);
+void small_head(SmallHeadParams& p, uintptr_t workspace, int threads) {
   p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
-  return p;
-}
-
-void small_head(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int norm,
-                const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler, const Layer& head,
-                uintptr_t out, uintptr_t workspace, int threads) {
-  SmallHeadParams p =
-      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, out, workspace, threads);
-  p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
-  py::gil_scoped_release release;
   cpu::small_head(p);
 }
 
@@ -59,8 +34,9 @@ int64_t classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int6
                  int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
                  uintptr_t logits, uintptr_t argmax, uintptr_t statistics, int measure, float threshold,
                  uintptr_t leave, uintptr_t workspace, int threads) {
-  SmallHeadParams p =
-      small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits, workspace, threads);
+  SmallHeadParams p = small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits);
+  p.workspace = reinterpret_cast<void*>(workspace);
+  p.threads = threads;
   p.tokens = tokens;
   p.token_stride = token_stride;
   p.mask = reinterpret_cast<const uint8_t*>(mask);
@@ -199,13 +175,6 @@ class KvFill {
   int64_t layers_;
 };
 
-void saturation(uintptr_t a, int a_dtype, int64_t a_stride, uintptr_t b, int b_dtype, int64_t b_stride, int64_t rows,
-                int64_t width, uintptr_t out) {
-  py::gil_scoped_release release;
-  cpu::saturation({reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), static_cast<DType>(a_dtype),
-                   static_cast<DType>(b_dtype), a_stride, b_stride, rows, width, reinterpret_cast<float*>(out)});
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -223,10 +192,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"), py::arg("draws"),
       py::arg("threads"), "Bytes of workspace that exit_stats needs.");
   def_exit_stats(m, &exit_stats, py::arg("threads"));
-  m.def("small_head", &small_head, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"),
-        py::arg("rows"), py::arg("width"), py::arg("norm"), py::arg("norm_weight"), py::arg("norm_bias"),
-        py::arg("eps"), py::arg("pooler"), py::arg("head"), py::arg("out"), py::arg("workspace"), py::arg("threads"),
-        "Fused norm, pooler and head of few classes; see exeunt.ops.small_head.");
+  def_small_head(m, &small_head, py::arg("workspace"), py::arg("threads"));
   m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
         py::arg("width"), py::arg("tokens"), py::arg("token_stride"), py::arg("mask"), py::arg("mask_stride"),
         py::arg("pooler"), py::arg("head"), py::arg("logits"), py::arg("argmax"), py::arg("statistics"),
@@ -262,7 +228,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "kv_fill_check", [](const KvRowsOf& rows, int64_t layers) { cpu::kv_rows(kv_rows_arg(rows, layers)); },
       py::arg("rows"), py::arg("layers"), "Raise ValueError unless the rows have places of their own in the cache.");
-  m.def("saturation", &saturation, py::arg("a"), py::arg("a_dtype"), py::arg("a_stride"), py::arg("b"),
-        py::arg("b_dtype"), py::arg("b_stride"), py::arg("rows"), py::arg("width"), py::arg("out"),
-        "Cosine of pairs of rows; see exeunt.ops.saturation.");
+  def_saturation(m, &cpu::saturation);
 }

@@ -1,4 +1,4 @@
-// small_head and saturation as _cuda takes them, and what a layer is, for _cpu too.
+// small_head and saturation, and what a layer is, as both modules take them.
 #pragma once
 #include <tuple>
 
@@ -14,23 +14,30 @@ inline LayerArg layer_arg(const Layer& l) {
   return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
 }
 
+inline SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,
+                                         int64_t width, const Layer& pooler, const Layer& head, uintptr_t out) {
+  SmallHeadParams p{};
+  p.hidden = reinterpret_cast<const void*>(hidden);
+  p.hidden_dtype = static_cast<DType>(hidden_dtype);
+  p.hidden_stride = hidden_stride;
+  p.rows = rows;
+  p.width = width;
+  p.tokens = 1;
+  p.pooler = layer_arg(pooler);
+  p.pooled = p.pooler.outputs > 0;
+  p.head = layer_arg(head);
+  p.out = reinterpret_cast<float*>(out);
+  return p;
+}
+
 // def("small_head", run(params, last...)); `last_names` are the py::arg of what follows the parameters.
 template <class... Last, class... Names>
 void def_small_head(py::module_& m, void (*run)(SmallHeadParams&, Last...), const Names&... last_names) {
   const auto call = [run](uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width,
                           int norm, const Vector& norm_weight, const Vector& norm_bias, float eps, const Layer& pooler,
                           const Layer& head, uintptr_t out, Last... last) {
-    SmallHeadParams p{};
-    p.hidden = reinterpret_cast<const void*>(hidden);
-    p.hidden_dtype = static_cast<DType>(hidden_dtype);
-    p.hidden_stride = hidden_stride;
-    p.rows = rows;
-    p.width = width;
+    SmallHeadParams p = small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, out);
     p.norm = {static_cast<Norm>(norm), vector_arg(norm_weight), vector_arg(norm_bias), eps};
-    p.pooler = layer_arg(pooler);
-    p.pooled = p.pooler.outputs > 0;
-    p.head = layer_arg(head);
-    p.out = reinterpret_cast<float*>(out);
     py::gil_scoped_release release;
     run(p, last...);
   };

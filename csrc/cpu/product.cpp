@@ -112,20 +112,7 @@ struct Float32 : FloatKind {
 
 struct Half : FloatKind {
   static constexpr int64_t kBytes = kLanes * 2;
-  EXEUNT_INLINE void load(const char* p, Weight& w) {
-#if defined(__AVX512F__)
-    w.v = (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-    w.v = (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    uint16_t __attribute__((vector_size(kLanes * 2))) half;
-    __builtin_memcpy(&half, p, sizeof half);
-    const UVec h = __builtin_convertvector(half, UVec);
-    const UVec sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
-    const UVec finite = bits<UVec>(bits<Vec>(rest) * 0x1p112f);
-    w.v = bits<Vec>(sign | (rest >= (0x7c00u << 13) ? rest | 0x7f800000u : finite));
-#endif
-  }
+  EXEUNT_INLINE void load(const char* p, Weight& w) { w.v = EXEUNT_ISA::load(reinterpret_cast<const Float16*>(p)); }
 };
 
 struct Int8 : FloatKind {
