@@ -26,8 +26,8 @@
 #include <type_traits>
 
 #include "cpu/vec.h"
-#if defined(EXEUNT_AMX_EMULATED) && defined(EXEUNT_AMX)
-#include "amx_emulated.h"
+#if defined(EXEUNT_AMX)
+#include "cpu/tiles.h"
 #endif
 
 namespace exeunt::cpu::EXEUNT_ISA {

@@ -19,8 +19,8 @@
 // Hazard: keys outside of the row's range are never read, not even as a factor of zero.
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
-#if defined(EXEUNT_AMX_EMULATED) && defined(EXEUNT_AMX)
-#include "amx_emulated.h"
+#if defined(EXEUNT_AMX)
+#include "cpu/tiles.h"
 #endif
 
 namespace exeunt::cpu::EXEUNT_ISA {
