@@ -19,6 +19,7 @@ was traced holds (:mod:`exeunt.models.encoder_structure`): between two layers th
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import threading
@@ -336,18 +337,21 @@ class AttachedEncoder(Plug):
             if this is not module:
                 return type(this).forward(this, *args, **kwargs)
             run, local.ended = local.ended, None
-            if run is not None and not run.groups:
-                return run.logits
-            out = stock(*args, **kwargs)
-            if run is None:
-                return out
-            if self.recipe.policy.answers:
-                out = self._full_depth(out, run)
-            if run.whole:
-                return out
-            return torch.where((run.depth < self.depth - 1)[:, None], run.logits.to(out.dtype), out)
+            own = functools.partial(stock, *args, **kwargs)
+            return own() if run is None else self._answered(run, own)
 
         return forward
+
+    def _answered(self, run: Any, own: Callable[[], Tensor]) -> Tensor:
+        """Logits of a batch whose encoder has ended; ``own`` makes those of the model, if any row wants them."""
+        if not run.groups:
+            return run.logits
+        out = own()
+        if self.recipe.policy.answers:
+            out = self._full_depth(out, run)
+        if run.whole:
+            return out
+        return torch.where((run.depth < self.depth - 1)[:, None], run.logits.to(out.dtype), out)
 
     @torch.no_grad()
     def _full_depth(self, logits: Tensor, run: Forward) -> Tensor:

@@ -17,6 +17,16 @@ def count_depths(exit_layers: list[Tensor]) -> dict[int, int]:
     return dict(sorted(Counter(depth for depths in exit_layers for depth in depths.tolist()).items()))
 
 
+def depth_lines(histogram: dict[int, int], layers: int, verb: str) -> list[str]:
+    """A line for each depth of a histogram: how many ``verb`` there, and which part of all that is."""
+    names = {FINISHED: "row had ended", layers - 1: "full depth"}
+    total = sum(histogram.values())
+    return [
+        f"  {names.get(depth, f'{verb} after layer {depth}'):<22} {count:6d}  {count / total:6.1%}"
+        for depth, count in histogram.items()
+    ]
+
+
 @dataclass
 class Report:
     """Counts of everything that ran between attach (or ``reset_report``) and now.
@@ -104,11 +114,7 @@ class Report:
             + (f" ({self.captures} by the stock layers)" if self.captures else "")
             + (f", {self.late_rows} run late" if self.late_rows else "")
         )
-        for depth, count in self.histogram.items():
-            what = "row had ended" if depth == FINISHED else f"left after layer {depth}"
-            if depth == self.layers - 1:
-                what = "full depth"
-            lines.append(f"  {what:<22} {count:6d}  {count / self.tokens:6.1%}")
+        lines += depth_lines(self.histogram, self.layers, "left")
         lines.append(
             f"  head reads   {self.head_reads} ({self.checks} of them exit checks; the stock model: {self.steps})"
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from exeunt.report import count_depths
+from exeunt.report import count_depths, depth_lines
 
 __all__ = ["RowReport"]
 
@@ -75,8 +75,6 @@ class RowReport:
             f"exeunt: {self.rows} rows in {self.forwards} forwards, {self.layers} layers",
             f"  layer-rows   {self.layer_rows} run of {self.full_layer_rows} at full depth ({share:.1%})",
         ]
-        for depth, count in self.histogram.items():
-            what = "full depth" if depth == self.layers - 1 else f"left after layer {depth}"
-            lines.append(f"  {what:<22} {count:6d}  {count / self.rows:6.1%}")
+        lines += depth_lines(self.histogram, self.layers, "left")
         lines.append(f"  wall time    {self.seconds:.3f} s in the encoder, {self.checks} rows judged at exits")
         return "\n".join(lines)

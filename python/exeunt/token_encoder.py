@@ -252,26 +252,18 @@ class AttachedTagger(AttachedEncoder):
         allowed = torch.cat((allowed, free))[words.word]
         return logits.masked_fill(~allowed, -torch.inf)
 
-    def _output(self, module: Any) -> Callable[..., Any]:
-        """What stands in for the forward of the module that makes the logits."""
-        stock, local = module.forward, self._local
-
-        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is not module:
-                return type(this).forward(this, *args, **kwargs)
-            run, local.ended = local.ended, None
-            if run is not None and not run.runs:
-                return run.logits.unflatten(0, run.size)
-            out = stock(*args, **kwargs)
-            if run is None or run.whole:
-                return out
-            if self._policy.transitions is not None:
-                places = run.words.place
-                ruled = self._ruled(out.flatten(0, 1)[places], run)
-                out = out.flatten(0, 1).index_copy(0, places, ruled).unflatten(0, run.size)
-            return run.answered(out, self.depth - 1)
-
-        return forward
+    def _answered(self, run: Any, own: Callable[[], Tensor]) -> Tensor:
+        """Logits of a batch whose encoder has ended; ``own`` makes those of the model, if any token wants them."""
+        if not run.runs:
+            return run.logits.unflatten(0, run.size)
+        out = own()
+        if run.whole:
+            return out
+        if self._policy.transitions is not None:
+            places = run.words.place
+            ruled = self._ruled(out.flatten(0, 1)[places], run)
+            out = out.flatten(0, 1).index_copy(0, places, ruled).unflatten(0, run.size)
+        return run.answered(out, self.depth - 1)
 
     def _end(self) -> None:
         """After the encoder: count."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from exeunt.report import count_depths
+from exeunt.report import count_depths, depth_lines
 
 __all__ = ["TokenReport"]
 
@@ -79,8 +79,6 @@ class TokenReport:
             f"  token-rows   {self.layer_tokens} run of {self.full_layer_tokens} at full depth ({share:.1%}), "
             f"keys and values alone in {self.key_tokens}",
         ]
-        for depth, count in self.histogram.items():
-            what = "full depth" if depth == self.layers - 1 else f"halted after layer {depth}"
-            lines.append(f"  {what:<22} {count:6d}  {count / self.words:6.1%}")
+        lines += depth_lines(self.histogram, self.layers, "halted")
         lines.append(f"  wall time    {self.seconds:.3f} s in the encoder, {self.checks} words judged at exits")
         return "\n".join(lines)
