@@ -7,14 +7,20 @@ Three tables. Perplexity and agreement with full depth at every exit. CALM under
 are fed, and each next token that CALM would have chosen is compared with that of the model alone on the same prefix, so
 that what skipped layers did to keys and values counts. CALM in free generation, greedy and sampled: tokens/s against
 full depth, both sides taking turns in one run, median of the ratios (and the lowest and highest), and how many of its
-greedy tokens full depth would have chosen after the same prefix. --cpu-time counts the process's seconds of computing
-with one thread instead of the clock's: on a machine that does other things as well.
+greedy tokens full depth would have chosen after the same prefix. "Bound" is what the same exits would be worth if
+checks, keys and values of skipped layers and everything else that early exit adds were free: in a batch a layer runs if
+one row needs it, so that a step runs the layers of its deepest row, and what a step costs beside its layers (the head,
+generate itself) does not shrink; both follow from the model cut after the first exit, which takes its turn as well.
+--cpu-time counts the process's seconds of computing with one thread instead of the clock's: on a machine that does
+other things as well.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +52,49 @@ def at_every_exit(model: Any, text: Tensor, exits: list[int]) -> dict[str, Any]:
         return summary(judge(joint.depths(ids[:, :-1]), ids[:, 1:].flatten(), None) for ids in text.split(8))
 
 
+@contextmanager
+def cut(model: Any, layers: int) -> Iterator[None]:
+    """The model without all but its first layers: what a step costs in which every row leaves there, for free."""
+    whole, config = model.model.layers, model.config
+    model.model.layers, config.num_hidden_layers = whole[:layers], layers
+    try:
+        yield
+    finally:
+        model.model.layers, config.num_hidden_layers = whole, len(whole)
+
+
 def race(model: Any, recipe: Any, prompts: list[Tensor], count: int, sample: bool) -> dict[str, float]:
-    """Tokens/s of both sides and layers for a token."""
-    speeds: dict[str, list[float]] = {"full": [], "early": []}
-    agrees, layers = [], []
+    """Tokens/s of both sides, layers for a token and for a step, and what these would be worth at best."""
+    depth, first = len(model.model.layers), min(recipe.exits) + 1
+    seconds: dict[str, list[float]] = {"full": [], "early": [], "cut": []}
+    agrees, layers, deepest = [], [], []
     options: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 50} if sample else {"do_sample": False}
     for turn, prompt in enumerate([prompts[0], *prompts]):  # the first warms up
-        for side in ("full", "early") if turn % 2 else ("early", "full"):
+        for side in ("full", "cut", "early") if turn % 2 else ("early", "cut", "full"):
             torch.manual_seed(turn)
-            if side == "full":
-                out, seconds = generate(model, prompt, count, **options)
-            else:
+            if side == "early":
                 with exeunt.attach(model, recipe) as early:
-                    out, seconds = generate(model, prompt, count, **options)
-                    layers.append(early.report().layers_per_token)
+                    out, took = generate(model, prompt, count, **options)
+                    report = early.report()
+                layers.append(report.layers_per_token)
+                deepest.append(torch.stack(report.exit_layers).amax(1).add(1).float().mean().item())
                 with torch.no_grad():
                     chosen = model(out[:, :-1]).logits.argmax(-1)[:, PROMPT:]
                 agrees.append((chosen == out[:, PROMPT + 1 :]).float().mean().item())
+            else:
+                with cut(model, first if side == "cut" else depth):
+                    _, took = generate(model, prompt, count, **options)
             if turn:
-                speeds[side].append(prompt.shape[0] * count / seconds)
-    ratios = [e / f for e, f in zip(speeds["early"], speeds["full"], strict=True)]
-    return {"full": statistics.median(speeds["full"]), "early": statistics.median(speeds["early"]),
+                seconds[side].append(took)
+    ratios = [full / early for full, early in zip(seconds["full"], seconds["early"], strict=True)]
+    middle = {side: statistics.median(some) for side, some in seconds.items()}
+    tokens, run = prompts[0].shape[0] * count, statistics.mean(deepest[1:])
+    layer = (middle["full"] - middle["cut"]) / (depth - first)
+    return {"full": tokens / middle["full"], "early": tokens / middle["early"], "cut": tokens / middle["cut"],
             "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
-            "layers": statistics.mean(layers[1:]), "agreement": statistics.mean(agrees[1:])}  # fmt: skip
+            "layers": statistics.mean(layers[1:]), "deepest": run, "agreement": statistics.mean(agrees[1:]),
+            "bound": middle["full"] / (middle["full"] - (depth - run) * layer),
+            "fixed": 1 - depth * layer / middle["full"]}  # fmt: skip
 
 
 def main() -> None:
@@ -84,6 +110,7 @@ def main() -> None:
     add("--thresholds", type=float, nargs="+", default=[0.04, 0.08, 0.16], help="default 0.04 0.08 0.16")
     add("--rows", type=int, default=64, help="of held-out text, 256 tokens each; default 64")
     add("--rounds", type=int, default=8, help="of the races, 0: none; default 8")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="rows of the races; default 1 8")
     add("--count", type=int, default=96, help="new tokens in a race; default 96")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--json", type=Path, help="also write the figures there")
@@ -98,7 +125,7 @@ def main() -> None:
     tokens = np.load(args.tokens, mmap_mode="r")
     starts = np.linspace(0, len(tokens) - 257, args.rows).astype(int)
     text = torch.from_numpy(np.stack([tokens[s : s + 257] for s in starts]).astype(np.int64))
-    show = Console().print
+    show = Console(width=140).print
     found: dict[str, Any] = {"every exit": at_every_exit(model, text, exits)}
 
     table = Table("layers run", "perplexity", "agreement", title=f"Held-out text, {args.rows * 256} tokens")
@@ -118,21 +145,21 @@ def main() -> None:
         table.add_row(str(t), f"{f['agreement']:.1%}", f"{f['layers']:.2f}")
     show(table)
 
-    columns = ("rows", "mode", "threshold", "full tokens/s", "CALM tokens/s", "ratio", "layers/token", "agreement")
+    columns = ("rows", "mode", "threshold", "full tok/s", "CALM tok/s", "ratio", "layers/token", "layers/step", "bound",
+               "fixed", "agreement")  # fmt: skip
     table = Table(*columns, title=f"Generation, {torch.get_num_threads()} threads, {args.dtype}")
-    for batch in (1, 8) if args.rounds else ():
+    for batch in args.batch if args.rounds else ():
         prompts = [text[torch.arange(k * batch, (k + 1) * batch) % len(text), :PROMPT] for k in range(args.rounds)]
         for mode in ("greedy", "sampled"):
             for t, recipe in recipes.items():
                 f = race(model, recipe, prompts, args.count, mode == "sampled")
                 found[f"{mode} B={batch} {t}"] = f
-                agreement = f"{f['agreement']:.1%}" if mode == "greedy" else "-"
-                speed = (
-                    f"{f['full']:.0f}",
-                    f"{f['early']:.0f}",
+                table.add_row(
+                    str(batch), mode, str(t), f"{f['full']:.0f}", f"{f['early']:.0f}",
                     f"{f['ratio']:.2f}x ({f['lowest']:.2f}-{f['highest']:.2f})",
-                )
-                table.add_row(str(batch), mode, str(t), *speed, f"{f['layers']:.2f}", agreement)
+                    f"{f['layers']:.2f}", f"{f['deepest']:.2f}", f"{f['bound']:.2f}x", f"{f['fixed']:.0%}",
+                    f"{f['agreement']:.1%}" if mode == "greedy" else "-",
+                )  # fmt: skip
     if args.rounds:
         show(table)
     if args.json:

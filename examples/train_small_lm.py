@@ -1,16 +1,17 @@
 """Train a small language model whose early layers know the answer, from scratch, in an hour or two on one core.
 
-A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained in two runs. The first
-has losses after layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last into
-the others. In the second tokens leave early while it learns: exits and deeper layers are taught to say what the model
-alone would, also where earlier tokens left behind what propagation makes of their states. The model that comes with
-exeunt is what the first run alone gave (--leaving-steps 0).
+A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained in three runs. The
+first has losses after layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last
+into the others. The second goes on with the exits that are worth a check, and much distillation. In the third tokens
+leave early while it learns: exits and deeper layers are taught to say what the model alone would, also where earlier
+tokens left behind what propagation makes of their states.
 
     python examples/train_small_lm.py --text text --out small-lm
 
 small_lm_text.py says where the text comes from. A run that was stopped goes on where it was, a finished one can be
-continued with more --steps, on another machine, too (on a GPU in minutes; with torchrun on several). Then
-benchmarks/small_lm.py says what the exits are worth on the clock.
+continued with more steps, on another machine, too (on a GPU in minutes; with torchrun on several). With --start the
+first run is left out, and the others go on from a model that it made. Then benchmarks/small_lm.py says what the exits
+are worth on the clock.
 """
 
 import argparse
@@ -48,6 +49,8 @@ from exeunt.training.loop import digest
 
 LAYERS = 12
 EXITS = (1, 3, 5, 7, 9)  # 0-based: after 2, 4, ... layers
+USEFUL = (3, 5, 7)  # of the second run
+CHECKED = (3,)  # of the third
 END = "<|end|>"  # between documents
 LENGTH = 256  # tokens of a row
 BATCH = 16  # rows of a step
@@ -138,9 +141,12 @@ def main() -> None:
     add("--text", type=Path, default=Path("/"), help="where the packages were unpacked; default /, as installed")
     add("--out", type=Path, required=True, help="folder for tokenizer, tokens, checkpoints and the model")
     add("--steps", type=int, default=640, help=f"of the first run, of {BATCH * LENGTH} tokens; default 640")
-    add("--leaving-steps", type=int, default=400, help="of the second run, 0: without it; default 400")
+    add("--further-steps", type=int, default=60, help="of the second run, 0: without it; default 60")
+    add("--leaving-steps", type=int, default=80, help="of the third run, 0: without it; default 80")
     add("--learning-rate", type=float, default=6e-3, help="peak of the first run; default 0.006")
-    add("--leaving-rate", type=float, default=1e-3, help="peak of the second run; default 0.001")
+    add("--further-rate", type=float, default=4e-3, help="peak of the second run; default 0.004")
+    add("--leaving-rate", type=float, default=3e-3, help="peak of the third run; default 0.003")
+    add("--start", type=Path, help="folder of a model that the first run made: leave that run out")
     add("--pieces", type=int, default=2, help="do a step in so many pieces; 1 on a GPU; default 2")
     add("--float32", action="store_true", help="compute in float32 instead of bfloat16")
     add("--seed", type=int, default=0, help="for weights and order; default 0")
@@ -152,21 +158,29 @@ def main() -> None:
     vocabulary = Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size()
     torch.manual_seed(args.seed)
     model = build(vocabulary)
-    at_once = Objective(CrossEntropy(depth_weights("depth", [*EXITS, LAYERS - 1])), Distillation(0.1))
-    leaving = Objective(CrossEntropy({SAID: 1.0}), Distillation(2.0))
+    data = digest(train)
+    runs: dict[str, Any] = {}
+    if args.start is not None:
+        model.load_state_dict(safetensors.torch.load_file(args.start / "model.safetensors"), strict=False)  # tied head
+        runs["joint"] = json.loads((args.start / "training.json").read_text())["runs"]["joint"]
+        if runs["joint"]["data"] != data:
+            sys.exit(f"{args.start}: expected a model of text {data}, got one of {runs['joint']['data']}")
     bf16 = not args.float32
+    at_once = Objective(CrossEntropy(depth_weights("depth", [*EXITS, LAYERS - 1])), Distillation(0.1))
+    further = Objective(CrossEntropy(depth_weights("depth", [*USEFUL, LAYERS - 1])), Distillation(1.0))
+    leaving = Objective(CrossEntropy({SAID: 1.0}), Distillation(2.0))
     joint = Joint(model, EXITS, at_once, bf16=bf16)
     shapes: list[tuple[str, Joint, int, float, dict[str, Any]]] = [
         ("joint", joint, args.steps, args.learning_rate, {}),
-        ("leaving", Leaving(model, EXITS, leaving, bf16=bf16), args.leaving_steps, args.leaving_rate,
-         {"fall": 0.5, "warmup": 20}),
+        ("further", Joint(model, USEFUL, further, bf16=bf16), args.further_steps, args.further_rate,
+         {"fall": 0.0 if args.leaving_steps else 0.2, "warmup": 20}),
+        ("leaving", Leaving(model, CHECKED, leaving, bf16=bf16), args.leaving_steps, args.leaving_rate,
+         {"fall": 0.6, "warmup": 20}),
     ]  # fmt: skip
     windows = Windows(train, LENGTH, BATCH, args.seed)
-    data = digest(train)
-    runs: dict[str, Any] = {}
-    done = 0  # steps of earlier runs: the text goes on where they left it
+    done = sum(run["steps"] for run in runs.values())  # steps of earlier runs: the text goes on where they left it
     for name, module, steps, rate, shape in shapes:
-        if not steps:
+        if not steps or name in runs:
             continue
         identity = {"data": data, "objective": repr(module.objective), "learning_rate": rate}
         outcome = fit(
@@ -175,7 +189,7 @@ def main() -> None:
             args.out / name,
             steps=steps,
             optimizers=muon(module, rate),
-            identity=identity | ({"after": runs["joint"]["steps"]} if runs else {}),
+            identity=identity | ({"after": done} if done else {}),
             pieces=args.pieces,
             seed=args.seed,
             every=args.every,

@@ -181,19 +181,19 @@ class _LogitLoss(torch.autograd.Function):
                 logits = F.linear(state[rows], weights[name]).float()  # type: ignore[index]
                 if bias is not None:
                     logits += bias
-                tokens[i, rows] = logits.argmax(-1)
+                tokens[i, rows] = logits.max(-1).indices  # argmax takes three times as long
                 if stands_for is not None:
                     logits += stands_for
                 log_p[name] = logits.log_softmax(-1)
+            p = {name: part.exp() for name, part in log_p.items()}
             by_depth: dict[int, Tensor] = {}
             for term in terms:
-                part, gradients = term.rows(log_p, None if labels is None else labels[rows])
+                part, gradients = term.rows(log_p, p, None if labels is None else labels[rows])
                 value += part
                 for name, gradient in gradients.items():
                     by_depth[name] = by_depth[name].add_(gradient) if name in by_depth else gradient
             for name, gradient in by_depth.items():
                 on_state, on_weight, on_bias = grads[name]
-                gradient = gradient.div_(count)
                 if on_bias is not None:
                     on_bias += gradient.sum(0)
                 low = gradient.to(weights[name].dtype)
@@ -205,7 +205,7 @@ class _LogitLoss(torch.autograd.Function):
                 if name not in by_depth and grads[name][0] is not None:
                     grads[name][0][rows] = 0
         ctx.grads = [
-            None if g is None else g.to(t.dtype)  # type: ignore[union-attr]
+            None if g is None else g.div_(count).to(t.dtype)  # type: ignore[union-attr]
             for name in names
             for g, t in zip(grads[name], depths[name], strict=True)
         ]

@@ -61,13 +61,17 @@ class LogitTerm(Protocol):
 
     needs_labels: bool
 
-    def rows(self, log_p: Mapping[int, Tensor], labels: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
+    def rows(
+        self, log_p: Mapping[int, Tensor], p: Mapping[int, Tensor], labels: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """Sum of the term over n rows and its gradients with respect to their logits.
 
         Parameters
         ----------
         log_p : Mapping[int, Tensor]
             [n, V] float32 log-probabilities by depth; the deepest one is full depth.
+        p : Mapping[int, Tensor]
+            Their exponentials, which all terms share and none changes.
         labels : Tensor or None
             [n] int64.
 
@@ -128,7 +132,8 @@ class CrossEntropy:
     >>> import torch
     >>> from exeunt.training import CrossEntropy
     >>> log_p = {3: torch.zeros(1, 4).log_softmax(-1)}
-    >>> value, gradients = CrossEntropy({3: 1.0}).rows(log_p, torch.tensor([2]))
+    >>> p = {3: log_p[3].exp()}
+    >>> value, gradients = CrossEntropy({3: 1.0}).rows(log_p, p, torch.tensor([2]))
     >>> value, gradients[3]
     (tensor(1.3863), tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]]))
     """
@@ -136,16 +141,17 @@ class CrossEntropy:
     weights: Mapping[int, float]
     needs_labels = True
 
-    def rows(self, log_p: Mapping[int, Tensor], labels: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
+    def rows(
+        self, log_p: Mapping[int, Tensor], p: Mapping[int, Tensor], labels: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `LogitTerm`."""
         assert labels is not None
         value = torch.zeros((), device=labels.device)
         gradients = {}
         for depth, weight in self.weights.items():
             value = value - weight * log_p[depth].gather(1, labels[:, None]).sum()
-            p = log_p[depth].exp()
-            p.scatter_add_(1, labels[:, None], p.new_full((len(labels), 1), -1.0))
-            gradients[depth] = p.mul_(weight)
+            gradients[depth] = p[depth] * weight
+            gradients[depth].scatter_add_(1, labels[:, None], p[depth].new_full((len(labels), 1), -weight))
         return value, gradients
 
 
@@ -165,7 +171,7 @@ class Distillation:
     >>> import torch
     >>> from exeunt.training import Distillation
     >>> same = torch.randn(2, 8).log_softmax(-1)
-    >>> Distillation().rows({1: same, 5: same}, None)[0]
+    >>> Distillation().rows({1: same, 5: same}, {1: same.exp(), 5: same.exp()}, None)[0]
     tensor(0.)
     """
 
@@ -173,23 +179,23 @@ class Distillation:
     reverse: bool = False
     needs_labels = False
 
-    def rows(self, log_p: Mapping[int, Tensor], labels: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
+    def rows(
+        self, log_p: Mapping[int, Tensor], p: Mapping[int, Tensor], labels: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `LogitTerm`."""
         final = max(log_p)
-        log_q = log_p[final]
-        q = log_q.exp()
+        log_q, q = log_p[final], p[final]
         value = q.new_zeros(())
         gradients = {}
         for depth in (d for d in log_p if d != final):
-            p = log_p[depth].exp()
             if self.reverse:
                 ratio = log_p[depth] - log_q
-                each = (p * ratio).sum(-1, keepdim=True)
+                each = (p[depth] * ratio).sum(-1, keepdim=True)
                 value = value + self.weight * each.sum()
-                gradients[depth] = self.weight * p * (ratio - each)
+                gradients[depth] = (ratio - each).mul_(p[depth]).mul_(self.weight)
             else:
-                value = value + self.weight * (q * (log_q - log_p[depth])).sum()
-                gradients[depth] = self.weight * (p - q)
+                value = value + self.weight * (log_q - log_p[depth]).mul_(q).sum()
+                gradients[depth] = (p[depth] - q).mul_(self.weight)
         return value, gradients
 
 
