@@ -139,7 +139,7 @@ def main() -> None:
         "threshold", "agreement", "layers/token", title=f"CALM ({args.confidence}), exits {at}, teacher forcing"
     )
     for t, recipe in recipes.items():
-        live = live_losses(model, recipe, text[:, :256].numpy(), [t], prompt=PROMPT)
+        live = live_losses(model, recipe, text[:, :256].numpy(), [t], prompt=PROMPT, batch=32)
         f = {"agreement": 1 - live.losses.mean(), "layers": live.layers[0]}
         found[f"forced {t}"] = f
         table.add_row(str(t), f"{f['agreement']:.1%}", f"{f['layers']:.2f}")

@@ -4,7 +4,8 @@ A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own to
 first has losses after layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last
 into the others. The second goes on with the exits that are worth a check, and much distillation. In the third tokens
 leave early while it learns: exits and deeper layers are taught to say what the model alone would, also where earlier
-tokens left behind what propagation makes of their states.
+tokens left behind what propagation makes of their states. The model that comes with exeunt is what the first run alone
+gave (--further-steps 0 --leaving-steps 0); the others have not been run to their end.
 
     python examples/train_small_lm.py --text text --out small-lm
 
@@ -50,7 +51,7 @@ from exeunt.training.loop import digest
 LAYERS = 12
 EXITS = (1, 3, 5, 7, 9)  # 0-based: after 2, 4, ... layers
 USEFUL = (3, 5, 7)  # of the second run
-CHECKED = (3,)  # of the third
+CHECKED = (3, 5)  # of the third
 END = "<|end|>"  # between documents
 LENGTH = 256  # tokens of a row
 BATCH = 16  # rows of a step
@@ -141,8 +142,8 @@ def main() -> None:
     add("--text", type=Path, default=Path("/"), help="where the packages were unpacked; default /, as installed")
     add("--out", type=Path, required=True, help="folder for tokenizer, tokens, checkpoints and the model")
     add("--steps", type=int, default=640, help=f"of the first run, of {BATCH * LENGTH} tokens; default 640")
-    add("--further-steps", type=int, default=60, help="of the second run, 0: without it; default 60")
-    add("--leaving-steps", type=int, default=80, help="of the third run, 0: without it; default 80")
+    add("--further-steps", type=int, default=640, help="of the second run, 0: without it; default 640")
+    add("--leaving-steps", type=int, default=400, help="of the third run, 0: without it; default 400")
     add("--learning-rate", type=float, default=6e-3, help="peak of the first run; default 0.006")
     add("--further-rate", type=float, default=4e-3, help="peak of the second run; default 0.004")
     add("--leaving-rate", type=float, default=3e-3, help="peak of the third run; default 0.003")
@@ -175,7 +176,7 @@ def main() -> None:
         ("further", Joint(model, USEFUL, further, bf16=bf16), args.further_steps, args.further_rate,
          {"fall": 0.0 if args.leaving_steps else 0.2, "warmup": 20}),
         ("leaving", Leaving(model, CHECKED, leaving, bf16=bf16), args.leaving_steps, args.leaving_rate,
-         {"fall": 0.6, "warmup": 20}),
+         {"fall": 0.5, "warmup": 20}),
     ]  # fmt: skip
     windows = Windows(train, LENGTH, BATCH, args.seed)
     done = sum(run["steps"] for run in runs.values())  # steps of earlier runs: the text goes on where they left it
