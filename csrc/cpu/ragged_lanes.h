@@ -1,6 +1,6 @@
 // The products of ragged_attention in vector registers, on keys and values as the cache has them.
 //
-//   scores   a register of keys and one vector at a time: a sum per key with lanes along Dh, then all added up at once
+//   scores   two vectors and half a register of keys at a time: 16 sums with lanes along Dh, then added up side by side
 //   values   sums[4 vectors][4 registers of Dv] += weight (broadcast) * value, key by key
 //
 // What has not the type of the products, or a tail, is copied first, a block at a time.
@@ -75,22 +75,28 @@ class Lanes {
 
   // Steps of the work on a block, each of which fetches some of the next.
   int64_t steps() const {
-    return vectors * kBlockVecs + (vectors + kRows - 1) / kRows * ((width + kAcross - 1) / kAcross) * kSteps;
+    return (vectors + 1) / 2 * (kBlockKeys / kKeys) + (vectors + kRows - 1) / kRows * ((width + kAcross - 1) / kAcross) * kSteps;
   }
 
   void query(int64_t i, const T* q) { lay_out(q, p.size, queries + i * depth, depth); }
 
   void score(const Block<T>& now, Block<T>& next, float* scores) {
-    const int64_t count = padded(now.count, kLanes);
     const Element* key[kBlockKeys];
-    rows_of(now.key, count, p.size, depth, keys, key);
-    for (int64_t j = 0; j < count; j += kLanes)
-      for (int64_t i = 0; i < vectors; ++i) {
-        const Element* q = queries + i * depth;
-        Vec sum[kLanes] = {};
+    rows_of(now.key, padded(now.count, kLanes), p.size, depth, keys, key);
+    for (int64_t j = 0; j < now.count; j += kKeys)
+      for (int64_t i = 0; i < vectors; i += 2) {
+        const bool two = i + 1 < vectors;
+        const Element *a = queries + i * depth, *b = two ? a + depth : a;
+        Vec sum[2 * kKeys] = {};
         for (int64_t d = 0; d < depth; d += kLanes * K::kPer)
-          for (int l = 0; l < kLanes; ++l) K::add(sum[l], q + d, key[j + l] + d);
-        store(scores + i * kBlockKeys + j, sum_each(sum));
+          for (int l = 0; l < kKeys; ++l) {
+            K::add(sum[l], a + d, key[j + l] + d);
+            K::add(sum[kKeys + l], b + d, key[j + l] + d);
+          }
+        const Vec all = sum_each(sum);
+        float* to = scores + i * kBlockKeys + j;
+        __builtin_memcpy(to, &all, sizeof all / 2);
+        if (two) __builtin_memcpy(to + kBlockKeys, reinterpret_cast<const char*>(&all) + sizeof all / 2, sizeof all / 2);
         next.fetch();
       }
   }
@@ -117,6 +123,7 @@ class Lanes {
 
  private:
   using Element = typename K::Element;
+  static constexpr int64_t kKeys = kLanes / 2;                           // of a step of the scores
   static constexpr int kRows = 4, kColumns = kLanes == 16 ? 4 : 2;  // of the registers of sums
   static constexpr int64_t kAcross = kColumns * kLanes, kSteps = 8;
   const RaggedAttentionParams& p;
