@@ -75,7 +75,8 @@ class Lanes {
 
   // Steps of the work on a block, each of which fetches some of the next.
   int64_t steps() const {
-    return (vectors + 1) / 2 * (kBlockKeys / kKeys) + (vectors + kRows - 1) / kRows * ((width + kAcross - 1) / kAcross) * kSteps;
+    return (vectors + 1) / 2 * (kBlockKeys / kKeys) +
+           (vectors + kRows - 1) / kRows * ((width + kAcross - 1) / kAcross) * kSteps;
   }
 
   void query(int64_t i, const T* q) { lay_out(q, p.size, queries + i * depth, depth); }
@@ -96,7 +97,8 @@ class Lanes {
         const Vec all = sum_each(sum);
         float* to = scores + i * kBlockKeys + j;
         __builtin_memcpy(to, &all, sizeof all / 2);
-        if (two) __builtin_memcpy(to + kBlockKeys, reinterpret_cast<const char*>(&all) + sizeof all / 2, sizeof all / 2);
+        if (two)
+          __builtin_memcpy(to + kBlockKeys, reinterpret_cast<const char*>(&all) + sizeof all / 2, sizeof all / 2);
         next.fetch();
       }
   }
@@ -123,7 +125,7 @@ class Lanes {
 
  private:
   using Element = typename K::Element;
-  static constexpr int64_t kKeys = kLanes / 2;                           // of a step of the scores
+  static constexpr int64_t kKeys = kLanes / 2;                      // of a step of the scores
   static constexpr int kRows = 4, kColumns = kLanes == 16 ? 4 : 2;  // of the registers of sums
   static constexpr int64_t kAcross = kColumns * kLanes, kSteps = 8;
   const RaggedAttentionParams& p;

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from exeunt.ops import _backend
+
 _TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
 _ROWS_AT_ONCE = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -63,7 +65,7 @@ class PackedHead:
         per_line = _LINE // element
         tiles, lines = -(-v // _TILE), -(-d // per_line)
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
-        self.data = _backend.huge_pages(tiles * lines * _TILE * _LINE, stored).view(tiles, lines, _TILE, per_line)
+        self.data = _backend.huge_pages((tiles, lines, _TILE, per_line), stored)
         self.scale = torch.zeros(tiles * _TILE) if self.dtype == torch.int8 else None
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):
@@ -107,4 +109,3 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
         return data.float() * scale[:, None]
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
     return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]
-
