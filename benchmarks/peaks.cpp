@@ -139,6 +139,19 @@ double read_bandwidth(int64_t bytes, int threads, int streams, int huge_pages, i
   return best;
 }
 
+// GB/s of one pass over memory that is there.
+double read_rate(const char* memory, int64_t bytes, int threads, int streams) {
+  const int64_t part = bytes / threads / 64 * 64;
+  const double start = now();
+#pragma omp parallel num_threads(threads)
+  {
+    const char* begin = memory + omp_get_thread_num() * part;
+    const Line sum = read(begin, begin + part, streams);
+    asm volatile("" ::"m"(sum));
+  }
+  return static_cast<double>(bytes) / (now() - start) / 1e9;
+}
+
 // Name of the i-th multiply-add peak that this machine has, or null.
 const char* peak_name(int i) { return kPeaks[i].name; }
 

@@ -298,3 +298,18 @@ def test_bad_input_gets_one_sentence_and_writes_nothing():
     assert torch.equal(layer.keys, before)
     with pytest.raises(ValueError, match="expected 4 layers like the model's, got 2"):
         adopt(transformers.DynamicCache(config=CONFIG), 4)
+
+
+def test_a_large_cache_lies_on_memory_of_its_own():
+    """Keys of 4 MB and more are on huge pages: the same values, growth and independence of copies."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    adopt(cache, 1)
+    keys, values = torch.randn(2, 1, 8, 3000, 64, generator=torch.Generator().manual_seed(0))
+    for start, end in ((0, 2600), (2600, 2601), (2601, 3000)):
+        held = cache.update(keys[:, :, start:end], values[:, :, start:end], 0)
+    assert torch.equal(held[0], keys) and torch.equal(held[1], values)
+    before = held[0].clone()
+    cache.update(keys[:, :, :1], values[:, :, :1], 0)
+    assert torch.equal(before, keys) and cache.get_seq_length() == 3001

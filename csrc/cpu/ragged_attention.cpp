@@ -21,6 +21,7 @@ namespace {
 
 constexpr double kSerialWork = 262144;   // multiply-adds below which a parallel region costs more than it saves
 constexpr int64_t kTilesPerThread = 16;  // with fewer, they are split over their keys
+constexpr int kChunksAtOnce = 4;         // of a thread: while it works on one, it fetches the beginning of the next
 
 [[noreturn]] void refuse(const std::string& what, int64_t got, int64_t entry) {
   throw std::invalid_argument("ragged_attention: " + what + ", got " + std::to_string(got) + " at " +
@@ -66,7 +67,7 @@ bool may_split(int64_t tokens, int64_t heads, int32_t threads) {
 // What a tile's vectors see together.
 RaggedTask tile_of(const RaggedAttentionParams& p, int64_t entry, int64_t head, int64_t first, int64_t count) {
   const int64_t group = p.heads / p.kv_heads, len = p.kv_len[entry], start = p.kv_start ? p.kv_start[entry] : 0;
-  RaggedTask task{entry, head, first, count, start, len, -1};
+  RaggedTask task{entry, head, first, count, start, len, len, -1};
   if (!p.causal) return task;
   const int64_t token = p.q_indptr[entry], queries = p.q_indptr[entry + 1] - token;
   int64_t lowest = len - queries + first / group, highest = len - queries + (first + count - 1) / group;
@@ -75,7 +76,7 @@ RaggedTask tile_of(const RaggedAttentionParams& p, int64_t entry, int64_t head, 
         std::minmax_element(p.positions + token + first / group, p.positions + token + (first + count - 1) / group + 1);
     lowest = *low, highest = *high;
   }
-  task.end = std::min(len, highest + 1);
+  task.end = task.ahead = std::min(len, highest + 1);
   if (p.window) task.begin = std::max(start, lowest - p.window + 1);
   return task;
 }
@@ -137,6 +138,7 @@ void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan) {
   float* partials = static_cast<float*>(p.workspace);
   const int64_t row = p.heads * p.value_size * element_bytes(p.dtype), live = p.q_indptr[p.live];
   __builtin_memset(static_cast<char*>(p.out) + live * row, 0, static_cast<uint64_t>((p.tokens - live) * row));
+  const int grain = plan.splits.empty() ? 1 : kChunksAtOnce;
   const auto run = [&](const RaggedTask& task, int thread) {
     isa.ragged_attention_task(p, task, partials + plan.partials + thread * each,
                               task.partial < 0 ? nullptr : partials + task.partial);
@@ -147,7 +149,7 @@ void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan) {
   }
 #pragma omp parallel num_threads(plan.threads)
   {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, grain)
     for (size_t i = 0; i < plan.tasks.size(); ++i) run(plan.tasks[i], omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < plan.splits.size(); ++i)

@@ -17,6 +17,7 @@ struct RaggedTask {
   int64_t entry, head;
   int64_t first, count;  // vectors
   int64_t begin, end;    // keys that any of them sees, within these chunks
+  int64_t ahead;         // end of the tile's keys, which the same thread is likely to read next
   int64_t partial;       // where its result goes: element of the partials, or -1: it is whole and goes to out
 };
 
@@ -27,17 +28,15 @@ inline int64_t ragged_partial(int64_t vectors, int64_t value_size) { return vect
 
 // Offsets in floats; every part begins at 64 bytes.
 struct RaggedScratch {
-  int64_t depth, width;  // Dh and Dv with their padding
-  int64_t queries, keys, values, scores, weights, chunk, whole, total;
+  int64_t queries, keys, values, scores, turned, chunk, whole, total;
   RaggedScratch(int64_t size, int64_t value_size) {
-    depth = padded(size, 32);
-    width = padded(value_size, 32);
-    queries = 0;                                   // [vectors][depth]
-    keys = queries + kTileVectors * depth;         // [depth][kBlockKeys]
-    values = keys + depth * kBlockKeys;            // [kBlockKeys][width]
-    scores = values + kBlockKeys * width;          // [vectors][kBlockKeys]
-    weights = scores + kTileVectors * kBlockKeys;  // [vectors][kBlockKeys], pairs only
-    chunk = weights + kTileVectors * kBlockKeys;   // a result of kTileVectors
+    const int64_t depth = padded(size, 32), width = padded(value_size, 32);
+    queries = 0;                                  // [vectors][depth]
+    keys = queries + kTileVectors * depth;        // [kBlockKeys][depth], copies
+    values = keys + kBlockKeys * depth;           // [kBlockKeys][width], copies or pairs
+    scores = values + kBlockKeys * width;         // [vectors][kBlockKeys], then weights
+    turned = scores + kTileVectors * kBlockKeys;  // [kBlockKeys][vectors]: scores as tile registers leave them
+    chunk = turned + kTileVectors * kBlockKeys;   // a result of kTileVectors
     whole = chunk + padded(ragged_partial(kTileVectors, value_size), 16);
     total = whole + padded(ragged_partial(kTileVectors, value_size), 16);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from exeunt.generation import GenerationState, Skipped, Token
 from exeunt.models import KeyValues, LayerCall
+from exeunt.ops import _backend
 
 __all__ = ["ExitCacheLayer", "adopt"]
+
+_HUGE = 1 << 22  # bytes from which a layer's keys lie on huge pages: attention over them reads faster
 
 
 class ExitCacheLayer(DynamicLayer):
@@ -302,7 +306,9 @@ class ExitCacheLayer(DynamicLayer):
         part = held.narrow(2, 0, filled)
         if rows is not None:
             part = part.index_select(0, rows)
-        new = held.new_empty(part.shape[0], held.shape[1], capacity, held.shape[3])
+        shape = part.shape[0], held.shape[1], capacity, held.shape[3]
+        large = held.is_cpu and math.prod(shape) * held.itemsize >= _HUGE
+        new = _backend.huge_pages(shape, held.dtype) if large else held.new_empty(shape)
         new.narrow(2, 0, filled).copy_(part)
         new.narrow(2, filled, capacity - filled).zero_()
         return new

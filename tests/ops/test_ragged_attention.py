@@ -143,10 +143,9 @@ def test_a_row_has_the_same_bits_in_any_batch(isa, dtype):
         assert torch.equal(got, together[own])
 
 
-def test_one_token_alone_has_the_bits_that_it_has_among_others(isa):
-    if isa == "amx":
-        pytest.skip("tiles are only worth filling by many queries")
-    args, _ = inputs(torch.bfloat16, lengths=(700,), queries=(9,), heads=8, kv_heads=2, size=64)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_token_alone_has_the_bits_that_it_has_among_others(isa, dtype):
+    args, _ = inputs(dtype, lengths=(700,), queries=(9,), heads=8, kv_heads=2, size=64)
     q, keys, values, _, row, _ = args
     together = ops.ragged_attention(*args)
     for i in range(9):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from exeunt.ops import _backend
 
 _TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
 _ROWS_AT_ONCE = 4096
@@ -64,7 +65,7 @@ class PackedHead:
         per_line = _LINE // element
         tiles, lines = -(-v // _TILE), -(-d // per_line)
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
-        self.data = _huge_pages(tiles * lines * _TILE * _LINE, stored).view(tiles, lines, _TILE, per_line)
+        self.data = _backend.huge_pages((tiles, lines, _TILE, per_line), stored)
         self.scale = torch.zeros(tiles * _TILE) if self.dtype == torch.int8 else None
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):
@@ -108,11 +109,3 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
         return data.float() * scale[:, None]
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
     return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]
-
-
-def _huge_pages(size: int, dtype: torch.dtype) -> Tensor:
-    """``size`` bytes on huge pages where the system has them: a head is read from end to end."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
