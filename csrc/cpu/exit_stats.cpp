@@ -20,10 +20,11 @@ namespace exeunt::cpu {
 namespace {
 
 constexpr int64_t kMaxChunks = 256;
-constexpr int64_t kMinChunk = 256;
+constexpr int64_t kWholeTiles = 48;  // a chunk is full steps of the product, however many tiles one takes (product.h)
+constexpr int64_t kMinChunk = 6 * kWholeTiles;
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
 
-int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 16)); }
+int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, kWholeTiles)); }
 
 // Where everything lies in the workspace, each part on a 64-byte boundary.
 struct Layout {
@@ -105,7 +106,7 @@ void exit_stats(const ExitStatsParams& p) {
       normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
       isa.pack_row(p.head.dtype, row, p.width, r, x);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)  // runs of chunks: what was fetched ahead is the same thread's
     for (int64_t c = 0; c < layout.chunks; ++c) {
       const int64_t begin = c * layout.chunk;
       isa.exit_stats_chunk({&p, x, out_rows, live, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
