@@ -20,11 +20,10 @@ namespace exeunt::cpu {
 namespace {
 
 constexpr int64_t kMaxChunks = 256;
-constexpr int64_t kWholeTiles = 48;  // a chunk is full steps of the product, however many tiles one takes (product.h)
-constexpr int64_t kMinChunk = 6 * kWholeTiles;
+constexpr int64_t kMinChunk = 256;
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
 
-int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, kWholeTiles)); }
+int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 16)); }
 
 // Where everything lies in the workspace, each part on a 64-byte boundary.
 struct Layout {

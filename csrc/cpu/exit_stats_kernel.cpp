@@ -115,8 +115,6 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
   const float gain_out = p.softcap / p.temperature;
   const int64_t block = product_rows(p.head.dtype);
-  const bool in_place = !p.columns && reads_in_place(p.head, p.width);
-  const int64_t together = in_place ? kTile * product_tiles(p.head.dtype) : kTile;
   IVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 
@@ -132,12 +130,11 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
       for (Candidate& c : top[r].list) c = candidate_none();
     }
 
-    for (int64_t vocab = a.begin; vocab < a.end;) {
-      const int64_t left = a.end - vocab;
-      const int count = static_cast<int>(left >= together ? together : left < kTile ? left : kTile);
-      alignas(64) float bias[kMaxTiles * kTile];
-      alignas(64) uint32_t vocabulary[kMaxTiles * kTile];
-      for (int i = 0; (p.head_bias.data || p.seeds) && i < kMaxTiles * kTile; ++i) {
+    for (int64_t vocab = a.begin; vocab < a.end; vocab += kTile) {
+      const int count = static_cast<int>(a.end - vocab < kTile ? a.end - vocab : kTile);
+      alignas(64) float bias[kTile];
+      alignas(64) uint32_t vocabulary[kTile];
+      for (int i = 0; (p.head_bias.data || p.seeds) && i < kTile; ++i) {
         const int64_t at = i < count ? vocab + i : vocab, v = p.columns ? p.columns[at] : at;
         vocabulary[i] = static_cast<uint32_t>(v);
         bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
@@ -173,7 +170,6 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
         stats[r] = s;
       };
       product(p.head.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
-      vocab += count;
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first + r) * a.partial_stride;

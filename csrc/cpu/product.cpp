@@ -80,12 +80,12 @@ EXEUNT_INLINE void split_planes(const float* row, int64_t count, RowScale& s, in
   s.sum_low += sum_low;
 }
 
-// z and z_low hold the integer sums of a row's planes with the weight rows of a tile; z becomes their product.
-EXEUNT_INLINE void join_planes(float* z, const float* z_low, const RowScale& s, const Tile& tile) {
-  for (int i = 0; i < kTile * tile.tiles; ++i) {
+// z[0..15] and z[16..31] hold the integer sums of a row's planes; z[0..15] becomes their product.
+EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const Tile& tile) {
+  for (int i = 0; i < kTile; ++i) {
     int32_t high, low;
     __builtin_memcpy(&high, z + i, sizeof high);
-    __builtin_memcpy(&low, z_low + i, sizeof low);
+    __builtin_memcpy(&low, z + kTile + i, sizeof low);
     const float q = static_cast<float>(high - 128 * s.sum_high) * 128.0f + static_cast<float>(low - 128 * s.sum_low);
     z[i] = q * s.scale * tile.scale[i];
   }
@@ -210,7 +210,7 @@ struct Int8Planes : LineKind<IVec> {
     s = plane_scale(row, width);
     split_planes(row, width, s, reinterpret_cast<int8_t*>(out), reinterpret_cast<int8_t*>(out + plane_stride));
   }
-  EXEUNT_INLINE void finish(float* z, const RowScale& s, const Tile& tile) { join_planes(z, z + kTile, s, tile); }
+  EXEUNT_INLINE void finish(float* z, const RowScale& s, const Tile& tile) { join_planes(z, s, tile); }
 };
 #endif
 
@@ -307,7 +307,6 @@ EXEUNT_INLINE void add_block(const Block& block, const char* x, int64_t x_stride
 template <class K>
 struct VectorProduct {
   static constexpr int64_t kRows = kMaxRows / K::kPlanes;
-  static constexpr int kTiles = 1;
   static void begin() {}
   static void end() {}
 
@@ -419,10 +418,6 @@ void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedR
 
 int64_t product_rows(DType weights) {
   return with_product(weights, [](auto product) { return product.kRows; });
-}
-
-int product_tiles(DType weights) {
-  return with_product(weights, [](auto product) { return product.kTiles; });
 }
 
 void product_begin(DType weights) {

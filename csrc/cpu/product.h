@@ -1,9 +1,8 @@
-// The streaming product: a few hidden rows times a weight that is read once, a tile of 16 weight rows, or a few such
-// tiles, at a time. What is done with the products is the caller's epilogue. Implemented in product.cpp, which draws the
-// tiling.
+// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time. What
+// is done with the products is the caller's epilogue. Implemented in product.cpp, which draws the tiling.
 //
 //   Tile tile = tile_of(weight, width, first weight row, how many, ...);
-//   product(weight.dtype, tile, x, first, rows, epilogue);      // epilogue(r, z[16 * tiles]) for each hidden row first + r
+//   product(weight.dtype, tile, x, first, rows, epilogue);      // epilogue(r, z[16]) for each hidden row first + r
 #pragma once
 #include "cpu/kernels.h"
 
@@ -12,41 +11,31 @@ namespace exeunt::cpu::EXEUNT_ISA {
 constexpr int kTile = 16;
 constexpr int64_t kLine = 64;
 constexpr int kMaxRows = 64;  // hidden rows (or planes of them) that one call may bring
-constexpr int kMaxTiles = 3;  // weight tiles that one call may bring
 
 static inline int64_t lines_of(DType weights, int64_t width) {
   return (width * element_bytes(weights) + kLine - 1) / kLine;
 }
 
-// Sixteen rows of a weight, full lines only, or `tiles` times as many, and where what is read next begins: as much again,
-// lines * 1024 bytes a tile, for rows that lie side by side as for packed ones.
+// Sixteen rows of a weight, full lines only, and where the next tile begins: lines * 1024 bytes from there on, for rows
+// that lie side by side as for packed ones.
 struct Tile {
   const char *data, *next;
   int64_t row_stride, line_stride;
   int64_t lines;
-  const float* scale;  // [16 * tiles], int8 only
-  int64_t tile_stride;
-  int tiles;
+  const float* scale;  // [16], int8 only
 };
-
-// Whether tiles of the weight can be read where they lie: their lines are full.
-static inline bool reads_in_place(const WeightArg& w, int64_t width) {
-  return w.packed || width * element_bytes(w.dtype) % kLine == 0;
-}
 
 // Rows [vocab, vocab + count) of a weight, or of the list `columns` of its rows. They are read where they lie, or
 // copied to `panel` first: from a list, or if the last line is short (zeros fill it) or the tile itself is (what lies
-// beyond its rows is left as it was: the epilogue must not use those products). `panel` has room for one tile and
-// sixteen scales: more than 16 rows only in place. (A copy for tiles that many hidden rows read was slower.)
+// beyond its rows is left as it was: the epilogue must not use those products). `panel` has room for the tile and
+// sixteen scales. (A copy for tiles that many hidden rows read was slower.)
 static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int count, const int64_t* columns,
                            char* panel) {
   const int64_t bytes = width * element_bytes(w.dtype), lines = lines_of(w.dtype, width);
   const char* base = static_cast<const char*>(w.data);
   const char* data = base + vocab / kTile * w.tile_stride;
-  const int tiles = (count + kTile - 1) / kTile;
-  Tile tile{data,  data + tiles * w.tile_stride,          w.row_stride,  w.line_stride,
-            lines, w.scale ? w.scale + vocab : nullptr, w.tile_stride, tiles};
-  if (!columns && (w.packed || (count % kTile == 0 && bytes % kLine == 0))) return tile;
+  Tile tile{data, data + w.tile_stride, w.row_stride, w.line_stride, lines, w.scale ? w.scale + vocab : nullptr};
+  if (!columns && (w.packed || (count == kTile && bytes % kLine == 0))) return tile;
   float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
   for (int i = 0; i < count; ++i) {
     const int64_t v = columns ? columns[vocab + i] : vocab + i;
@@ -69,8 +58,8 @@ static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int
   return tile;
 }
 
-// Called with the products of hidden row first + r, 16 a tile. A plain function: inlined into each shape of the product
-// it would be compiled a dozen times, and it runs once for 16 D multiply-adds.
+// Called with the 16 products of hidden row first + r. A plain function: inlined into each shape of the product it
+// would be compiled a dozen times, and it runs once for 16 D multiply-adds.
 struct Epilogue {
   void (*call)(const void* self, int64_t r, const float* z);
   const void* self;
@@ -81,16 +70,14 @@ static inline Epilogue epilogue_of(const F& f) {
   return {[](const void* self, int64_t r, const float* z) { (*static_cast<const F*>(self))(r, z); }, &f};
 }
 
-// Hidden rows and full tiles that one call of product() had best bring; one tile is always welcome.
+// Hidden rows that one call of product() may bring.
 int64_t product_rows(DType weights);
-int product_tiles(DType weights);
 
 // A thread's products happen between these two (AMX shapes its registers).
 void product_begin(DType weights);
 void product_end(DType weights);
 
-// epilogue(r, z) for hidden rows first + r, r < rows: their products with the weight rows of one tile, or of
-// product_tiles() of them.
+// epilogue(r, z) for hidden rows first + r, r < rows: their products with the tile's 16 rows.
 void product(DType weights, const Tile& tile, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue);
 
 }  // namespace exeunt::cpu::EXEUNT_ISA
