@@ -1,4 +1,4 @@
-"""An operating system that refuses the tile registers: the next best instruction set serves, and `exeunt info` says so."""
+"""Tile registers that the operating system refuses: the next best instruction set serves, and `exeunt info` says so."""
 
 import subprocess
 import sys
