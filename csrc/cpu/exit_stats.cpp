@@ -105,7 +105,7 @@ void exit_stats(const ExitStatsParams& p) {
       normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
       isa.pack_row(p.head.dtype, row, p.width, r, x);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)  // runs of chunks: what was fetched ahead is the same thread's
     for (int64_t c = 0; c < layout.chunks; ++c) {
       const int64_t begin = c * layout.chunk;
       isa.exit_stats_chunk({&p, x, out_rows, live, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,

@@ -34,19 +34,24 @@ EXEUNT_INLINE void reset(LaneStats& s) {
 // e^x for x in [kFloor, 0], 0 at the floor.
 EXEUNT_INLINE Vec exp_or_zero(Vec x) { return x > kFloor ? exp(x) : splat(0.0f); }
 
-EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids, bool entropy) {
+// One of the old maximum and z is the new one; the other enters with the one exponential that this takes.
+template <bool Entropy>
+EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
   s.bad |= ~(z < kInf);  // NaN and +inf; -inf passes and contributes nothing
   const IVec higher = z > s.top1;
-  const Vec top1 = higher ? z : s.top1;
-  s.top2 = higher ? s.top1 : max(z, s.top2);
+  const Vec low = higher ? s.top1 : z, high = higher ? z : s.top1;
+  s.top2 = higher ? low : max(z, s.top2);
   s.argmax = higher ? ids : s.argmax;
   // max() returns its second argument for NaN, so (-inf) - (-inf) and NaN logits also land on the floor.
-  const Vec shift = max(s.top1 - top1, splat(kFloor));
-  const Vec delta = max(z - top1, splat(kFloor));
-  const Vec factor = exp_or_zero(shift), e = exp_or_zero(delta);
-  if (entropy) s.weighted = factor * (s.weighted + shift * s.sumexp) + delta * e;
-  s.sumexp = factor * s.sumexp + e;
-  s.top1 = top1;
+  const Vec shift = max(low - high, splat(kFloor));
+  const Vec e = exp_or_zero(shift);
+  if constexpr (Entropy) {
+    const Vec scaled = e * (s.weighted + shift * s.sumexp), added = s.weighted + shift * e;
+    s.weighted = higher ? scaled : added;
+  }
+  const Vec scaled = e * s.sumexp + 1.0f, added = s.sumexp + e;
+  s.sumexp = higher ? scaled : added;
+  s.top1 = high;
 }
 
 // Merge the lanes of one row, lowest vocabulary index first among equals.
@@ -102,9 +107,9 @@ EXEUNT_INLINE Candidate collect(const LaneDraw& d) {
   return best;
 }
 
-}  // namespace
-
-void exit_stats_chunk(const ExitStatsChunkArgs& a) {
+// Entropy or not is known at compile time: what it costs, only who asks for it pays.
+template <bool Entropy>
+EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   const ExitStatsParams& p = *a.p;
   const bool capped = p.softcap > 0.0f;
   const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
@@ -136,19 +141,21 @@ void exit_stats_chunk(const ExitStatsChunkArgs& a) {
       }
       const Tile tile = tile_of(p.head, p.width, vocab, count, p.columns, a.panel);
       const auto epilogue = [&](int64_t r, const float* z) {
-        alignas(64) float raw[kTile];
-        for (int i = 0; i < kTile; i += kLanes)
-          store(raw + i, p.head_bias.data ? load(z + i) + load(bias + i) : load(z + i));
-        if (p.logits_out) {
-          const int64_t at = a.out_rows[first + r] * p.logits_stride + vocab;
-          for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, at + i, raw[i]);
-        }
-        for (int i = 0; i < kTile; i += kLanes) {
-          Vec v = load(raw + i) * gain_in;
+        LaneStats s = stats[r];
+        for (int i = 0; i < count; i += kLanes) {
+          Vec v = load(z + i);
+          if (p.head_bias.data) v += load(bias + i);
+          if (p.logits_out) {
+            alignas(64) float raw[kLanes];
+            store(raw, v);
+            const int64_t at = a.out_rows[first + r] * p.logits_stride + vocab + i;
+            for (int l = 0; l < kLanes && i + l < count; ++l) store_at(p.logits_out, p.logits_dtype, at + l, raw[l]);
+          }
+          v *= gain_in;
           if (capped) v = tanh(v) * gain_out;
-          if (count < kTile) v = lane + i < count ? v : splat(-kInf);
+          if (count - i < kLanes) v = lane < count - i ? v : splat(-kInf);
           const IVec ids = lane + (static_cast<int32_t>(vocab) + i);
-          push(stats[r], v, ids, p.entropy);
+          push<Entropy>(s, v, ids);
           if (p.topk) offer(top[r], p.topk, v, ids);
           if (p.seeds) {
             UVec counter;
@@ -160,6 +167,7 @@ void exit_stats_chunk(const ExitStatsChunkArgs& a) {
             if (at >= 0 && at < kLanes && at + i < count) p.target_out[first + r] = v[at];
           }
         }
+        stats[r] = s;
       };
       product(p.head.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
     }
@@ -171,6 +179,15 @@ void exit_stats_chunk(const ExitStatsChunkArgs& a) {
     }
   }
   product_end(p.head.dtype);
+}
+
+}  // namespace
+
+void exit_stats_chunk(const ExitStatsChunkArgs& a) {
+  if (a.p->entropy)
+    chunk<true>(a);
+  else
+    chunk<false>(a);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

@@ -46,8 +46,8 @@ constexpr int64_t kTileInL1 = 32, kCopyRows = 8;                  // beyond so m
 // 128 * high + low, both int8, and the planes are packed as two rows. Weights are stored + 128, because the
 // instructions want unsigned by signed: join_planes() takes 128 * sum(plane) off again.
 
-template <class Put>
-EXEUNT_INLINE void split_planes(const float* row, int64_t width, RowScale& s, Put&& put) {
+// The scale of a row, whose sums its parts will add to. A row that is not finite is flagged: all its products are NaN.
+EXEUNT_INLINE RowScale plane_scale(const float* row, int64_t width) {
   float largest = 0.0f;
   bool finite = true;
   for (int64_t d = 0; d < width; ++d) {
@@ -55,20 +55,29 @@ EXEUNT_INLINE void split_planes(const float* row, int64_t width, RowScale& s, Pu
     finite = finite && magnitude < std::numeric_limits<float>::infinity();  // NaN compares false
     largest = magnitude > largest ? magnitude : largest;
   }
-  s = {largest / (127 * 128), 0, 0};
-  if (!finite) {  // the row is flagged: all its products are NaN
-    s.scale = std::numeric_limits<float>::quiet_NaN();
+  return {finite ? largest / (127 * 128) : std::numeric_limits<float>::quiet_NaN(), 0, 0};
+}
+
+// The planes of `count` elements of a row, zeros where it has no scale.
+EXEUNT_INLINE void split_planes(const float* row, int64_t count, RowScale& s, int8_t* high_plane, int8_t* low_plane) {
+  constexpr float kLeast = 1e-30f / (127 * 128);
+  if (!(s.scale >= kLeast)) {
+    __builtin_memset(high_plane, 0, static_cast<uint64_t>(count));
+    __builtin_memset(low_plane, 0, static_cast<uint64_t>(count));
     return;
   }
-  if (largest < 1e-30f) return;
-  for (int64_t d = 0; d < width; ++d) {
+  int32_t sum_high = 0, sum_low = 0;
+  for (int64_t d = 0; d < count; ++d) {
     const float q = row[d] / s.scale;
     const int rounded = static_cast<int>(q < 0.0f ? q - 0.5f : q + 0.5f);
     const int high = (rounded + 64 + (128 << 8)) / 128 - 256, low = rounded - 128 * high;  // low in [-64, 63]
-    put(d, high, low);
-    s.sum_high += high;
-    s.sum_low += low;
+    high_plane[d] = static_cast<int8_t>(high);
+    low_plane[d] = static_cast<int8_t>(low);
+    sum_high += high;
+    sum_low += low;
   }
+  s.sum_high += sum_high;
+  s.sum_low += sum_low;
 }
 
 // z[0..15] and z[16..31] hold the integer sums of a row's planes; z[0..15] becomes their product.
@@ -198,10 +207,8 @@ struct Int8Planes : LineKind<IVec> {
     sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, w.v, x.v);
   }
   EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t plane_stride, RowScale& s) {
-    split_planes(row, width, s, [&](int64_t d, int high, int low) {
-      reinterpret_cast<int8_t*>(out)[d] = static_cast<int8_t>(high);
-      reinterpret_cast<int8_t*>(out + plane_stride)[d] = static_cast<int8_t>(low);
-    });
+    s = plane_scale(row, width);
+    split_planes(row, width, s, reinterpret_cast<int8_t*>(out), reinterpret_cast<int8_t*>(out + plane_stride));
   }
   EXEUNT_INLINE void finish(float* z, const RowScale& s, const Tile& tile) { join_planes(z, s, tile); }
 };
