@@ -2,6 +2,8 @@
 // before it hands them to the cache.
 //
 //   tile of 16 weight rows . packed rows -> out[row][16 of Dh]     until the head is whole
+//            rows i * Dh / 16 + t of the head are tile t, so that row i of each tile is read behind that of the last
+//            one: sixteen streams, of which others go on where one waits for the address of its next page
 //   values:  + bias                                    -> cache
 //   keys:    + bias -> norm over Dh -> rotary embedding -> cache   all in float32, rounded once on the way into the
 //   cache
@@ -82,7 +84,10 @@ void kv_fill_head(const KvHeadArgs& a) {
   const char* data = static_cast<const char*>(a.keys ? layer.key : layer.value);
   const int64_t head_stride = a.keys ? layer.key_head : layer.value_head;
   const int64_t row_stride = a.keys ? layer.key_row : layer.value_row;
-  const WeightArg weight{data + a.head * head_stride, p.dtype, false, kTile * row_stride, row_stride, kLine, nullptr};
+  // Rows of a tile that are `apart`; one after the other where tiles don't fill the head.
+  const int64_t apart = p.head_size % kTile ? 1 : p.head_size / kTile, step = p.head_size % kTile ? kTile : 1;
+  const WeightArg weight{data + a.head * head_stride, p.dtype, false, step * row_stride, apart * row_stride, kLine,
+                         nullptr};
   const void* bias = a.keys ? layer.key_bias : layer.value_bias;
   const int64_t bias_at = a.head * (a.keys ? layer.key_bias_head : layer.value_bias_head);
   void* out = a.keys ? place.keys : place.values;
@@ -107,7 +112,8 @@ void kv_fill_head(const KvHeadArgs& a) {
       if (at + kTile >= p.head_size)
         tile.next = first + block < a.rows ? static_cast<const char*>(weight.data) : a.next;
       const auto epilogue = [&](int64_t r, const float* z) {
-        __builtin_memcpy(a.out + r * stride + at, z, sizeof(float) * kTile);
+        float* to = a.out + r * stride + at / kTile * step;
+        for (int i = 0; i < kTile; ++i) to[i * apart] = z[i];
       };
       product(p.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
     }
