@@ -207,6 +207,7 @@ def test_layers_that_nobody_runs(benchmark):
 
     Beside it the same of layers that hand their input on at once: the loop of the stock model alone.
     """
+
     def leave(model):
         exeunt.attach(model, exeunt.recipes.calm([1], 0.0, confidence=FREE, lazy=True))
 
@@ -226,7 +227,7 @@ def test_layers_that_nobody_runs(benchmark):
     for name in ("loop alone", "exeunt"):
         more = [b - a for a, b in zip(seconds[name, 3], seconds[name, 67], strict=True)]
         benchmark.extra_info[name] = statistics.median(more) / Propagate().limit / 64 * 1e6
-    benchmark.extra_info["layer"] = "microseconds a layer that nobody runs"
+    benchmark.extra_info["layer"] = "microseconds of a layer that nobody runs"
 
 
 @pytest.mark.parametrize("confidence", ["margin", "saturation"])

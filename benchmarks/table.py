@@ -82,8 +82,7 @@ def pairs(results: dict) -> str:
     for b in results["benchmarks"]:
         info = b["extra_info"]
         if "layer" in info:
-            name = f"{info['layer']}, us"
-            lines.append(f"| {name} | loop alone {info['loop alone']:.1f} | {info['exeunt']:.1f} | | |")
+            lines.append(f"| {info['layer']} | loop alone {info['loop alone']:.1f} | {info['exeunt']:.1f} | | |")
             continue
         (name, other), (_, ours), *_ = info["sides"].items()
         allowed = f"{info['expected']:.2f}x" if info["expected"] else ""

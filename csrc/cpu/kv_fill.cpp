@@ -2,7 +2,8 @@
 //
 //   standardise   each row once: all its layers see the same hidden state
 //   deal          heads of keys, then of values, layer by layer, in the order in which the weights lie: long runs of
-//                 them first, then ever shorter ones, so that a thread changes its layer seldom and none waits at the end
+//                 them first, then ever shorter ones, so that a thread changes its layer seldom and none waits at the
+//                 end
 //   pack          as a thread comes to a layer: its rows times the layer's norm weight, into memory of its own, which
 //                 stays in its cache (a copy that threads share would travel between the cores)
 //   product       a head at a time

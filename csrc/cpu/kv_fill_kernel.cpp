@@ -86,8 +86,8 @@ void kv_fill_head(const KvHeadArgs& a) {
   const int64_t row_stride = a.keys ? layer.key_row : layer.value_row;
   // Rows of a tile that are `apart`; one after the other where tiles don't fill the head.
   const int64_t apart = p.head_size % kTile ? 1 : p.head_size / kTile, step = p.head_size % kTile ? kTile : 1;
-  const WeightArg weight{data + a.head * head_stride, p.dtype, false, step * row_stride, apart * row_stride, kLine,
-                         nullptr};
+  const WeightArg weight{data + a.head * head_stride, p.dtype, false,  step * row_stride,
+                         apart * row_stride,          kLine,   nullptr};
   const void* bias = a.keys ? layer.key_bias : layer.value_bias;
   const int64_t bias_at = a.head * (a.keys ? layer.key_bias_head : layer.value_bias_head);
   void* out = a.keys ? place.keys : place.values;

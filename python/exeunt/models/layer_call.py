@@ -345,7 +345,7 @@ class LayerFunction:
         return self._forward(hidden, **arguments)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Of a call as the model made it: hidden states, and the other arguments by name, maybe in ``kwargs`` itself."""
+        """Of a call as the model made it: hidden states and, by name, the other arguments: maybe ``kwargs`` itself."""
         if len(args) == 1 and self._keyword == CACHE_KEYWORD:  # nearly always
             return args[0], kwargs
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
