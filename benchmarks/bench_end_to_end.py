@@ -182,6 +182,54 @@ def test_all_rows_exit(benchmark, models, dtype, batch, layers, lazy):
         compare(benchmark, name, sides, 3 if lazy else ROUNDS, bytes_saved(model, layers, lazy), tokens)
 
 
+def small_steps(layers, skip):
+    """Times decoding steps of a tiny model; ``skip`` says how the layers after its second are passed by."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    skip(model)
+
+    def steps():
+        with torch.inference_mode():
+            cache = model(input_ids=torch.full((1, PROMPT), 7), use_cache=True).past_key_values
+            start = CLOCK()
+            for _ in range(Propagate().limit):
+                model(input_ids=torch.full((1, 1), 7), past_key_values=cache)
+            return CLOCK() - start
+
+    return steps
+
+
+def test_layers_that_nobody_runs(benchmark):
+    """What a stock layer costs once all rows have left: a step of 67 layers less one of 3, in microseconds a layer.
+
+    Beside it the same of layers that hand their input on at once: the loop of the stock model alone.
+    """
+
+    def leave(model):
+        exeunt.attach(model, exeunt.recipes.calm([1], 0.0, confidence=FREE, lazy=True))
+
+    def pass_by(model):
+        for layer in model.model.layers[2:]:
+            layer.forward = lambda hidden, *args, **kwargs: hidden
+
+    sides = {(name, layers): small_steps(layers, skip)
+             for name, skip in (("loop alone", pass_by), ("exeunt", leave)) for layers in (3, 67)}  # fmt: skip
+    seconds = {side: [] for side in sides}
+
+    def one_round():
+        for side, steps in sides.items():
+            seconds[side].append(steps())
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1, iterations=1)
+    for name in ("loop alone", "exeunt"):
+        more = [b - a for a, b in zip(seconds[name, 3], seconds[name, 67], strict=True)]
+        benchmark.extra_info[name] = statistics.median(more) / Propagate().limit / 64 * 1e6
+    benchmark.extra_info["layer"] = "microseconds of a layer that nobody runs"
+
+
 @pytest.mark.parametrize("confidence", ["margin", "saturation"])
 @pytest.mark.parametrize("layers", [8, 4])
 @pytest.mark.parametrize("batch", [1, 8])

@@ -75,12 +75,15 @@ def attention(results: dict) -> str:
 
 def pairs(results: dict) -> str:
     """Markdown table of comparisons of two sides that ran in turns, one row a case."""
-    clock = results["benchmarks"][0]["extra_info"]["clock"]
+    clock = next(b["extra_info"]["clock"] for b in results["benchmarks"] if "clock" in b["extra_info"])
     terms = "speed: times the other side's; allowed: by bytes, or by a model cut to those layers."
     lines = [f"{setup(results)} a token ({clock}); {terms}", ""]
     lines += ["| case | other side | exeunt | speed | allowed |", "|---|---|---|---|---|"]
     for b in results["benchmarks"]:
         info = b["extra_info"]
+        if "layer" in info:
+            lines.append(f"| {info['layer']} | loop alone {info['loop alone']:.1f} | {info['exeunt']:.1f} | | |")
+            continue
         (name, other), (_, ours), *_ = info["sides"].items()
         allowed = f"{info['expected']:.2f}x" if info["expected"] else ""
         lines.append(f"| {info['case']} | {name} {other:.1f} | {ours:.1f} | {info['speed']:.2f}x | {allowed} |")

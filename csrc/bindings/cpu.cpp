@@ -140,7 +140,7 @@ class KvFill {
   }
 
   int64_t workspace(int64_t rows, int threads) const {
-    return cpu::kv_fill_workspace(p_.dtype, rows, p_.width, layers_, p_.head_size, threads);
+    return cpu::kv_fill_workspace(p_.dtype, rows, p_.width, p_.head_size, threads);
   }
 
   // `tables` are pairs of addresses: none, one for all layers, or one a layer.

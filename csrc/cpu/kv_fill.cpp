@@ -1,10 +1,14 @@
 // kv_fill on CPU: keys and values of the layers that rows skipped, in one pass over those layers' weights.
 //
 //   standardise   each row once: all its layers see the same hidden state
-//   pack          for some layers at a time, as many as kPacked bytes hold: times the layer's norm weight, packed
-//   product       a head of keys or of values at a time, in the order in which the weights lie
+//   deal          heads of keys, then of values, layer by layer, in the order in which the weights lie: long runs of
+//                 them first, then ever shorter ones, so that a thread changes its layer seldom and none waits at the
+//                 end
+//   pack          as a thread comes to a layer: its rows times the layer's norm weight, into memory of its own, which
+//                 stays in its cache (a copy that threads share would travel between the cores)
+//   product       a head at a time
 //
-//   workspace: | standard rows [N, D] double | packed rows, RowScale of G layers | per thread: panel, head, one row |
+//   workspace: | standard rows [N, D] double | per thread: packed rows of a layer, RowScale, panel, head, one row |
 //
 // A head's rows are computed whole by one thread, so the bits do not depend on the number of threads.
 #include "cpu/kv_fill.h"
@@ -22,23 +26,20 @@
 namespace exeunt::cpu {
 namespace {
 
-constexpr int64_t kPacked = 1 << 21;   // bytes of packed rows that still stay close to the cores
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
 constexpr int64_t kBlockRows = 64;     // rows of a head that are finished together
 
 struct Layout {
-  int64_t layer_bytes, group, packed, scale, thread, panel_bytes, head_bytes, thread_bytes, total;
-  Layout(DType dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int32_t threads) {
-    layer_bytes = round_up(selected_isa().rows_bytes(dtype, rows, width), 64);
-    group = std::clamp<int64_t>(kPacked / std::max<int64_t>(layer_bytes, 1), 1, std::max<int64_t>(layers, 1));
-    packed = round_up(rows * width * static_cast<int64_t>(sizeof(double)), 64);
-    // Room for the group; in this form fewer rows or layers never need more, which kv_fill_workspace promises.
-    scale = packed + std::min(std::max<int64_t>(layers, 1) * layer_bytes, std::max(kPacked, layer_bytes));
-    thread = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
-    panel_bytes = 16 * round_up(width * element_bytes(dtype), 64) + 64;
-    head_bytes = kBlockRows * round_up(head_size, 16) * static_cast<int64_t>(sizeof(float));
-    thread_bytes = panel_bytes + head_bytes + round_up(width * static_cast<int64_t>(sizeof(float)), 64);
-    total = thread + std::max(1, threads) * thread_bytes;
+  int64_t scale, panel, head, row, thread, threads_at, total;  // the first four: within a thread's part
+  Layout(DType dtype, int64_t rows, int64_t width, int64_t head_size, int32_t threads) {
+    const auto floats = [](int64_t count) { return round_up(count * static_cast<int64_t>(sizeof(float)), 64); };
+    scale = round_up(selected_isa().rows_bytes(dtype, rows, width), 64);
+    panel = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
+    head = panel + 16 * round_up(width * element_bytes(dtype), 64) + 64;
+    row = head + floats(kBlockRows * round_up(head_size, 16));
+    thread = row + floats(width);
+    threads_at = round_up(rows * width * static_cast<int64_t>(sizeof(double)), 64);
+    total = threads_at + std::max(1, threads) * thread;
   }
 };
 
@@ -82,59 +83,55 @@ KvRows kv_rows(const KvRowsArg& arg) {
   return rows;
 }
 
-int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size,
-                          int32_t threads) {
-  return Layout(dtype, rows, width, layers, head_size, threads).total;
+int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t head_size, int32_t threads) {
+  return Layout(dtype, rows, width, head_size, threads).total;
 }
 
 void kv_fill(const KvFillParams& p) {
   if (p.rows == 0) return;
   const Isa& isa = selected_isa();
   const int64_t first = p.from_layer[0];
-  const Layout layout(p.dtype, p.rows, p.width, p.until - first, p.head_size, p.threads);
+  const Layout layout(p.dtype, p.rows, p.width, p.head_size, p.threads);
   char* workspace = static_cast<char*>(p.workspace);
   double* standard = reinterpret_cast<double*>(workspace);
-  const auto packed_rows = [&](int64_t layer) {
-    return PackedRows{workspace + layout.packed + (layer - first) % layout.group * layout.layer_bytes,
-                      reinterpret_cast<RowScale*>(workspace + layout.scale)};
-  };
   const auto rows_of = [&](int64_t layer) {
     return std::upper_bound(p.from_layer, p.from_layer + p.rows, layer) - p.from_layer;
   };
-  const double work = static_cast<double>(p.rows * p.width) * static_cast<double>((p.until - first) * p.heads);
+  struct Unit {
+    int64_t layer, head;
+    bool keys;
+  };
+  const int64_t units = (p.until - first) * 2 * p.heads;
+  const auto unit = [&](int64_t i) {
+    return Unit{first + i / (2 * p.heads), i % p.heads, i % (2 * p.heads) < p.heads};
+  };
+  const double work = static_cast<double>(p.rows * p.width) * static_cast<double>(units / 2);
   const int threads = work * static_cast<double>(p.head_size) < kSerialWork ? 1 : std::max(1, p.threads);
-  const int64_t units = 2 * p.heads;  // of a layer: its heads' keys, then their values
-  // A thread takes several in a row, since it fetches the next one ahead; yet enough runs that slow threads take fewer.
-  const int64_t run = std::clamp<int64_t>((p.until - first) * units / (32 * threads), 1, units);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* panel = workspace + layout.thread + omp_get_thread_num() * layout.thread_bytes;
-    float* head = reinterpret_cast<float*>(panel + layout.panel_bytes);
-    float* row = reinterpret_cast<float*>(panel + layout.panel_bytes + layout.head_bytes);
+    char* own = workspace + layout.threads_at + omp_get_thread_num() * layout.thread;
+    const PackedRows packed{own, reinterpret_cast<RowScale*>(own + layout.scale)};
+    int64_t packed_layer = -1, rows = 0;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.rows; ++n)
       standardise(p.hidden, p.hidden_dtype, p.source[n] * p.hidden_stride, p.width, p.norm, p.eps,
                   standard + n * p.width);
-    for (int64_t begin = first; begin < p.until; begin += layout.group) {
-      const int64_t end = std::min(begin + layout.group, p.until);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < (end - begin) * p.rows; ++i) {
-        const int64_t layer = begin + i / p.rows, n = i % p.rows;
-        if (n < rows_of(layer))
-          isa.kv_fill_pack(p, p.layers[layer], standard + n * p.width, row, n, packed_rows(layer));
+#pragma omp for schedule(guided)
+    for (int64_t i = 0; i < units; ++i) {
+      const auto [layer, h, keys] = unit(i);
+      if (layer != packed_layer) {
+        packed_layer = layer;
+        rows = rows_of(layer);
+        for (int64_t n = 0; n < rows; ++n)
+          isa.kv_fill_pack(p, p.layers[layer], standard + n * p.width, reinterpret_cast<float*>(own + layout.row), n,
+                           packed);
       }
-#pragma omp for schedule(dynamic, run)
-      for (int64_t i = 0; i < (end - begin) * units; ++i) {
-        const auto unit = [&](int64_t at) {
-          return std::tuple(begin + at / units, at % units < p.heads, at % p.heads);
-        };
-        const auto [layer, keys, h] = unit(i);
-        const auto [next_layer, next_keys, next_head] = unit(std::min(i + 1, (end - begin) * units - 1));
-        isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
-                          p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed_rows(layer),
-                          rows_of(layer), head_of(p.layers[next_layer], next_keys, next_head), panel, head});
-      }
+      const Unit next = unit(std::min(i + 1, units - 1));
+      isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
+                        p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed, rows,
+                        head_of(p.layers[next.layer], next.keys, next.head), own + layout.panel,
+                        reinterpret_cast<float*>(own + layout.head)});
     }
   }
 }

@@ -22,8 +22,8 @@ struct KvRows {
 // Throws std::invalid_argument, one sentence, for a layer or a place outside, and for a place named twice.
 KvRows kv_rows(const KvRowsArg& arg);
 
-// Bytes for up to `rows` rows that are filled in at up to `layers` layers.
-int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t layers, int64_t head_size, int32_t threads);
+// Bytes for up to `rows` rows.
+int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t head_size, int32_t threads);
 void kv_fill(const KvFillParams& p);
 
 }  // namespace exeunt::cpu

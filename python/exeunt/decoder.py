@@ -266,7 +266,7 @@ class Attached(Plug):
     def _layer(self, i: int, module: Any) -> Callable[..., Any]:
         """What stands in for the forward of decoder layer i."""
         stock, local = LayerFunction(module), self._local
-        checks = i in self._points.heads
+        checks, skip = i in self._points.heads, self._state.skip
         # Layers that a row which runs this one will surely run: what they owe is written together.
         segment_end = min((e for e in self._points.heads if e >= i), default=self.depth - 1) + 1
         joins = i - 1 in self._points.heads or (i == 0 and self._again)  # tokens may wait for this layer
@@ -277,6 +277,10 @@ class Attached(Plug):
                 return type(this).forward(this, *args, **kwargs)
             hidden, kwargs = stock.bind(args, kwargs)
             step = self._begin(hidden, kwargs) if i == 0 else local.step
+            if step is not None and not step.running and step.state.deferred is None:  # nobody runs what remains
+                if step.left is not None:
+                    skip(step.cache.layers[i], i, LayerCall(stock, hidden, kwargs, step.take, step.seen), step)
+                return hidden if step.rest is None else (hidden, *step.rest)
             if self._evicts:
                 kwargs = self._without_evicted(i, hidden.shape[1], kwargs)
             if step is None:

@@ -192,7 +192,7 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
         nonlocal depth
         depth += 1
         function = LayerFunction(layer)
-        hidden, named = function.bind(args, kwargs)
+        hidden, named = function.bind(args, dict(kwargs))  # a call adds to it
         call = LayerCall(function, hidden, named, RowTaker(2, batched), stand_in(trace.cache, _TOKENS))
         pending[:] = [call.pick(rows.to(hidden.device))]
 

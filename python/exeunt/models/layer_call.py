@@ -345,9 +345,9 @@ class LayerFunction:
         return self._forward(hidden, **arguments)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Of a call as the model made it: hidden states, and the other arguments by name."""
+        """Of a call as the model made it: hidden states and, by name, the other arguments: maybe ``kwargs`` itself."""
         if len(args) == 1 and self._keyword == CACHE_KEYWORD:  # nearly always
-            return args[0], dict(kwargs)  # the caller adds to it
+            return args[0], kwargs
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if self._keyword in named:
             named[CACHE_KEYWORD] = named.pop(self._keyword)

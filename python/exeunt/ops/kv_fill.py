@@ -117,6 +117,10 @@ def _refer(
 
 def _addresses(pairs: Sequence[Rotary | None]) -> tuple[list[int], int, list[Tensor]]:
     """Addresses of the tables, their dtype's code, and what must live until they have been read."""
+    if len(pairs) == 1 and pairs[0] is not None:  # nearly always, and as the kernel takes them
+        cos, sin = pairs[0]
+        if cos.dtype == sin.dtype and cos.dtype in _backend.DTYPES and cos.is_contiguous() and sin.is_contiguous():
+            return [cos.data_ptr(), sin.data_ptr()], _backend.DTYPES[cos.dtype], []
     dtypes = {table.dtype for pair in pairs if pair is not None for table in pair}
     if not dtypes:
         return [], 0, []
