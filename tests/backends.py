@@ -48,6 +48,16 @@ class Emulated:
     def saturation(self, *args):
         self.module.saturation(*args, 0, 0)
 
+    def ragged_attention_workspace(self, *args):
+        return 0  # ragged_attention below brings its own
+
+    def ragged_attention(self, *args):
+        tokens, heads, kv_heads, size, value_size, _, slots = args[4]
+        room = slots * args[23] if args[23] >= 0 else slots
+        size = self.module.ragged_attention_workspace(tokens, heads, kv_heads, args[10], room, value_size)
+        workspace = torch.full((size + 64,), 255, dtype=torch.uint8)
+        self.module.ragged_attention(*args[:-2], (workspace.data_ptr() + 63) & ~63, 0, 0)
+
     def compact(self, *args):
         self.module.compact(*args[:-1], 0, 0)
 
@@ -87,5 +97,5 @@ def patch_ops(monkeypatch):
 
         return run
 
-    for name in ("exit_stats", "small_head", "probe", "saturation"):
+    for name in ("exit_stats", "small_head", "probe", "saturation", "ragged_attention"):
         monkeypatch.setattr(ops, name, there(getattr(ops, name)))

@@ -2,11 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <tuple>
 #include <vector>
 
 #include "bindings/exit_stats.h"
+#include "bindings/ragged_attention.h"
 #include "bindings/small_head.h"
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
@@ -66,57 +66,9 @@ cpu::KvRowsArg kv_rows_arg(const KvRowsOf& rows, int64_t layers) {
           integers(capacities)};
 }
 
-// (address, strides...) of a tensor, in elements; address 0 means "not given".
-using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-
-CacheArg cache_arg(const Strided& c) {
-  const auto [data, row, head, slot] = c;
-  return {reinterpret_cast<const void*>(data), row, head, slot};
-}
-
-// `q` and `pages` have two strides; lists are addresses of int64.
-void ragged_attention(const Strided& q, const Strided& keys, const Strided& values, int dtype,
-                      const std::array<int64_t, 7>& shape, uintptr_t q_indptr, uintptr_t rows, uintptr_t kv_len,
-                      uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
-                      int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
-                      int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
-                      uintptr_t workspace, int threads) {
-  const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
-  RaggedAttentionParams p{};
-  p.q = reinterpret_cast<const void*>(std::get<0>(q));
-  p.q_token = std::get<1>(q);
-  p.q_head = std::get<2>(q);
-  p.keys = cache_arg(keys);
-  p.values = cache_arg(values);
-  p.dtype = static_cast<DType>(dtype);
-  std::tie(p.tokens, p.heads, p.kv_heads, p.size, p.value_size, p.rows_held, p.slots) = std::tuple_cat(shape);
-  p.entries = entries;
-  p.live = live;
-  p.q_indptr = list(q_indptr);
-  p.rows = list(rows);
-  p.kv_len = list(kv_len);
-  p.kv_start = list(kv_start);
-  p.positions = list(positions);
-  p.causal = causal;
-  p.window = window;
-  p.softcap = softcap;
-  p.scale = scale;
-  p.alibi = reinterpret_cast<const float*>(alibi);
-  p.bias = reinterpret_cast<const void*>(std::get<0>(bias));
-  p.bias_token = std::get<1>(bias);
-  p.bias_head = std::get<2>(bias);
-  p.bias_key = std::get<3>(bias);
-  p.bias_dtype = static_cast<DType>(bias_dtype);
-  p.bias_keys = bias_keys;
-  p.pages = reinterpret_cast<const int32_t*>(std::get<0>(pages));
-  p.page_row = std::get<1>(pages);
-  p.page_column = std::get<2>(pages);
-  p.page_rows = page_rows;
-  p.page_columns = page_columns;
-  p.out = reinterpret_cast<void*>(out);
-  p.workspace = reinterpret_cast<void*>(workspace);
+void ragged_attention(RaggedAttentionParams& p, int threads) {
   p.threads = threads;
-  py::gil_scoped_release release;
+  if (p.count) p.live = p.count_64 ? *static_cast<const int64_t*>(p.count) : *static_cast<const int32_t*>(p.count);
   cpu::ragged_attention(p, cpu::ragged_attention_plan(p));
 }
 
@@ -209,12 +161,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),
         "Bytes of workspace that ragged_attention needs.");
-  m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
-        py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
-        py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
-        py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
-        py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
-        py::arg("workspace"), py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
+  def_ragged_attention(m, &ragged_attention, py::arg("threads"));
   py::class_<KvFill>(m, "KvFill", "kv_fill for one stack; see exeunt.ops.kv_fill.")
       .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int64_t, uintptr_t>(),
            py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),

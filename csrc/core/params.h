@@ -176,9 +176,11 @@ struct RaggedAttentionParams {
   DType dtype;                                        // of q, keys, values and out
   int64_t tokens, heads, kv_heads, size, value_size;  // T, Hq, Hkv, Dh, Dv
   int64_t rows_held, slots;                           // B and S, or P and the keys of a page
-  int64_t entries, live;                              // R, and how many of them are active
-  const int64_t *q_indptr, *rows, *kv_len;            // [R + 1], [R], [R]
-  const int64_t *kv_start, *positions;                // [R], [T], or null
+  int64_t entries, live;                              // R, and how many of them are active (CPU)
+  const void* count;  // the latter as it lies where the kernel runs: one integer, or null for all of them
+  bool count_64;
+  const int64_t *q_indptr, *rows, *kv_len;  // [R + 1], [R], [R]
+  const int64_t *kv_start, *positions;      // [R], [T], or null
   bool causal;
   int64_t window;        // 0: none
   float softcap, scale;  // softcap 0: none
