@@ -212,6 +212,23 @@ def test_weights_are_read_where_they_lie(backend):
     assert changed.tolist() == [False] * 4 + [True, False]
 
 
+def test_a_paged_cache_is_one_of_as_many_rows_as_pages(backend):
+    kv, page, n = stack(torch.float32), 2, 7
+    given = inputs(kv, n, 16)
+    contiguous = fill(ops, kv, given, n)  # [2 L, BATCH, Hkv, S, Dh]
+    slots = contiguous.shape[3]
+    per_row = -(-slots // page)
+    pages = torch.randperm(BATCH * per_row, generator=torch.Generator().manual_seed(0)).view(BATCH, per_row)
+    keys, values = (
+        [torch.full((BATCH * per_row, kv.heads, page, kv.head_size), UNTOUCHED) for _ in range(LAYERS)]
+        for _ in range(2)
+    )
+    at = pages[given["rows"], given["slots"] // page], given["slots"] % page
+    ops.kv_fill(given["hidden"], given["from_layer"], *at, kv, KVCache(keys, values), rotary=given["rotary"])
+    paged = torch.stack(keys + values)[:, pages].transpose(3, 2).flatten(3, 4)[:, :, :, :slots]
+    assert torch.equal(paged, contiguous)
+
+
 def test_hidden_may_be_wider_than_the_weights(backend):
     kv = stack(torch.bfloat16)
     given = inputs(kv, 3, 16, hidden=torch.float32)
@@ -225,6 +242,10 @@ BAD = {
     "unit stride along D": lambda a: a | {"hidden": a["hidden"].t().contiguous().t()},
     "from_layer must lie in 0..3": lambda a: a | {"from_layer": a["from_layer"] + 4},
     r"from_layer must be \[4\] int64": lambda a: a | {"from_layer": a["from_layer"].int()},
+    "from_layer must be on cpu": lambda a: a | {"from_layer": a["from_layer"].to("meta")},
+    "slots must be on cpu like the stack, got meta": lambda a: a | {"slots": a["slots"].to("meta")},
+    "sin must be on cpu": lambda a: a | {"rotary": (a["rotary"][0], a["rotary"][1].to("meta"))},
+    "hidden must be .* on cpu like the stack, got .* on meta": lambda a: a | {"hidden": a["hidden"].to("meta")},
     r"rows must be \[4\]": lambda a: a | {"rows": a["rows"][:2]},
     "got row 5": lambda a: a | {"rows": torch.tensor([0, 1, 2, 5])},
     "slot 9": lambda a: a | {"slots": torch.tensor([9, 0, 1, 1])},
