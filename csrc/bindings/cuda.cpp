@@ -7,11 +7,13 @@
 #include <string>
 
 #include "bindings/exit_stats.h"
+#include "bindings/kv_fill.h"
 #include "bindings/ragged_attention.h"
 #include "bindings/small_head.h"
 #include "cuda/compact.h"
 #include "cuda/device.h"
 #include "cuda/exit_stats.h"
+#include "cuda/kv_fill.h"
 #include "cuda/ragged_attention.h"
 #include "cuda/small_head.h"
 
@@ -87,6 +89,14 @@ void expand(uintptr_t rows, uintptr_t count, uintptr_t compacted, uintptr_t into
   });
 }
 
+void kv_fill(const KvFillParams& p, int device, uintptr_t stream) {
+  const auto say = [&] {
+    return "kv_fill: hidden " + shape(p.rows, p.width) + ", " + std::to_string(p.until) + " layers of " +
+           std::to_string(p.heads) + " heads of " + std::to_string(p.head_size);
+  };
+  named(device, say, [&] { cuda::kv_fill(p, device, reinterpret_cast<void*>(stream)); });
+}
+
 // As much as small_head will need, from the sizes alone.
 int64_t small_head_workspace(int dtype, int64_t rows, int64_t width, int64_t pooled) {
   SmallHeadParams p{};
@@ -120,6 +130,7 @@ PYBIND11_MODULE(EXEUNT_MODULE, m) {
         py::arg("pooled"), "Bytes of workspace that small_head needs.");
   def_small_head(m, &small_head, py::arg("workspace"), py::arg("device"), py::arg("stream"));
   def_saturation(m, &saturation, py::arg("device"), py::arg("stream"));
+  def_kv_fill(m, &cuda::kv_fill_workspace, &kv_fill, py::arg("device"), py::arg("stream"));
   m.attr("largest_head") = cuda::kLargestHead;
   m.def("ragged_attention_workspace", &cuda::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("entries"), py::arg("room"), py::arg("value_size"),

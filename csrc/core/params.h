@@ -136,7 +136,8 @@ struct KvRotary {
   const void *cos, *sin;
 };
 
-// Rows are sorted by from_layer: those that a layer serves come first.
+// Rows are sorted by from_layer: those that a layer serves come first. On CUDA they come as they are, and all but
+// `tables` is device memory.
 struct KvFillParams {
   const void* hidden;  // [*, D], dtype hidden_dtype, row stride hidden_stride elements
   DType hidden_dtype;
@@ -158,6 +159,9 @@ struct KvFillParams {
   bool one_table;
   DType tables_dtype;
   int64_t until;
+
+  int64_t batch;  // of the cache, and [until] its slots by layer: what rows on a device are held to
+  const int64_t* capacities;
 
   void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned
   int32_t threads;

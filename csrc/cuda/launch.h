@@ -1,4 +1,4 @@
-// Launches whose errors become exceptions, on a device that is current for as long as they take.
+// Launches whose errors become exceptions, on a device that is current for as long as they take; what launchers share.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -62,6 +62,9 @@ struct Target {
     return int64_t{std::clamp(shared / (bytes + 1024), 1, at_most)} * multiprocessors;
   }
 };
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+inline int64_t parts(int64_t value, int64_t part) { return (value + part - 1) / part; }
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,

@@ -9,8 +9,6 @@ namespace {
 
 constexpr int64_t kFillBlocks = 32;
 
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
 struct Plan {
   RaggedWork w;
   int64_t bytes;
@@ -70,8 +68,8 @@ void ragged_attention(const RaggedAttentionParams& p, int device, void* stream) 
   if (p.tokens == 0) return;
   if (std::max(p.size, p.value_size) > kLargestHead || room_of(p) > kMostKeys)
     throw std::runtime_error("expected heads of at most " + std::to_string(kLargestHead) + " and rows of at most " +
-                             std::to_string(kMostKeys) + " keys, got " + std::to_string(std::max(p.size, p.value_size)) +
-                             " and " + std::to_string(room_of(p)));
+                             std::to_string(kMostKeys) + " keys, got " +
+                             std::to_string(std::max(p.size, p.value_size)) + " and " + std::to_string(room_of(p)));
   const OnDevice on_device(device);
   const Target target(device, static_cast<cudaStream_t>(stream));
   const RaggedWork w =

@@ -108,6 +108,7 @@ void bind_wgmma(pybind11::module_& m) {
 inline void bind_emulation(pybind11::module_& m) {
   m.def("set_schedule", [](unsigned seed) { emu::schedule = seed; });
   m.def("set_capability", [](int capability) { emu::capability = capability; });
+  m.def("fail_next_launch", [](int error) { emu::launch_error = error; });
   m.def("mma_bf16", &emulated_mma<BFloat16>);
   m.def("mma_f16", &emulated_mma<Float16>);
   m.def("ldmatrix_x4", &emulated_ldmatrix);
