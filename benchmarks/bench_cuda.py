@@ -1,4 +1,4 @@
-"""exit_stats and kv_fill on a GPU beside the time of one read of their weights, torch and installed peers.
+"""exit_stats, kv_fill and ragged_attention on a GPU beside the time of one read of their weights, torch and installed peers.
 
     python benchmarks/bench_cuda.py [--out FILE]    the tables
     python benchmarks/bench_cuda.py --small         each kernel once on small shapes, for compute-sanitizer
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+import bench_cuda_attention
 import exeunt
 from exeunt import ExitStats, ops
 from exeunt.ops import KVCache, KVLayer, KVStack
@@ -199,6 +200,7 @@ def small():
             head = ops.Fp8Head(torch.randn(130, 40, device="cuda"))
             for n in (9, 20):
                 ops.exit_stats(torch.randn(n, 40, device="cuda", dtype=dtype), head)
+    bench_cuda_attention.small()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for n, size in ((3, 24), (20, 128), (3, 256)):
             ours, loop, cache = kv_fill_sides(n, 2, 72, 2, size, dtype)
@@ -230,14 +232,15 @@ def main():
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
     lines = [
-        "# exit_stats and kv_fill on CUDA",
+        "# exit_stats, kv_fill and ragged_attention on CUDA",
         "",
         f"{torch.cuda.get_device_name()}, driver {driver or 'unknown'}, torch {torch.__version__}, "
         f"exeunt {exeunt.__version__}, {datetime.date.today()}. `benchmarks/gpu.sh`; what the columns mean stands in "
-        "`benchmarks/bench_cuda.py`.",
+        "`benchmarks/bench_cuda.py` and `bench_cuda_attention.py`.",
         "",
     ]
-    for line in itertools.chain(kv_fill_table(), [""], table()):
+    attention = bench_cuda_attention.table(interleaved, captured)
+    for line in itertools.chain(kv_fill_table(), [""], attention, [""], table()):
         print(line, flush=True)
         lines.append(line)
         if asked.out:  # after each line: what was measured stays, should the time run out

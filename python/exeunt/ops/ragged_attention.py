@@ -118,8 +118,10 @@ def _forward(*args: Any) -> Tensor:
     """The op for every device."""
     _check(*args)
     kernels = _backend.kernels(args[0].device)
-    if kernels is None or (args[0].is_cuda and max(args[0].shape[2], args[2].shape[3]) > kernels.largest_head):
-        return _fallback(*args)
+    if kernels is None:
+        return _fallback("ragged_attention", *args)
+    if args[0].is_cuda and max(args[0].shape[2], args[2].shape[3]) > kernels.largest_head:
+        return _fallback(f"ragged_attention with heads of more than {kernels.largest_head}", *args)
     return _kernel(kernels, *args)
 
 
@@ -162,13 +164,13 @@ def _list(t: Tensor | None) -> Tensor | None:
     return t if t is None or (t.dtype == torch.int64 and t.is_contiguous()) else t.long().contiguous()
 
 
-def _fallback(*args: Any) -> Tensor:
+def _fallback(what: str, *args: Any) -> Tensor:
     """The reference, where there is no kernel."""
     from exeunt import reference
 
     if args[0].is_cpu:
         _check_lists(args[0], *args[1:8], *args[13:])
-    _backend.warn_fallback("ragged_attention", args[0].device)
+    _backend.warn_fallback(what, args[0].device)
     names = ("kv_start", "positions", "causal", "window", "softcap", "scale", "alibi", "bias", "pages", "count")
     return reference.ragged_attention(*args[:6], **dict(zip(names, args[6:], strict=True)))
 
