@@ -1,4 +1,4 @@
-"""exit_stats, kv_fill and ragged_attention on a GPU beside the time of one read of their weights, torch and installed peers.
+"""exit_stats, kv_fill and ragged_attention on a GPU beside one read of what they read, torch and installed peers.
 
     python benchmarks/bench_cuda.py [--out FILE]    the tables
     python benchmarks/bench_cuda.py --small         each kernel once on small shapes, for compute-sanitizer

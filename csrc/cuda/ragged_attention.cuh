@@ -332,14 +332,15 @@ __device__ __forceinline__ RaggedVector describe(const RaggedAttentionParams& p,
   const int64_t group = p.heads / p.kv_heads, query = (tile.first + i) / group, token = tile.token + query;
   const int64_t of_head = head * group + (tile.first + i) % group;
   const int64_t position = p.positions ? p.positions[token] : tile.last + query;
-  const auto keys = [&](int64_t at) {  // within the entry's range
+  constexpr int64_t most = kMostKeys - 1;  // so that distances are integers
+  const auto keys = [&](int64_t at) {      // within the entry's range
     return static_cast<int>(at < tile.start ? tile.start : at < tile.length ? at : tile.length);
   };
   return {token * p.bias_token + of_head * p.bias_head, p.window ? keys(position - p.window + 1) : tile.start,
           p.causal ? keys(position + 1) : tile.length,
-          static_cast<int>(position < -kMostKeys  ? -kMostKeys
-                           : position < kMostKeys ? position
-                                                  : kMostKeys),
+          static_cast<int>(position < -most  ? -most
+                           : position < most ? position
+                                             : most),
           p.alibi ? p.alibi[of_head] : 0.0f};
 }
 
@@ -452,13 +453,13 @@ __device__ __forceinline__ void ragged_job(const RaggedAttentionParams& p, const
   }
   __syncthreads();
   for (int i = warp; i < tile.count; i += kWarps) {
-    const int row = (i / 16) * 16 + i % 16;  // of the first share; others lie `fragments` warps further
+    // Row i is that of the first share; others lie `fragments` warps further.
     float maximum = kNothing, sum = 0.0f, weight[kWarps];
-    for (int s = 0; s < shares; ++s) maximum = fmaxf(maximum, extremes[row + s * fragments * 16].maximum);
+    for (int s = 0; s < shares; ++s) maximum = fmaxf(maximum, extremes[i + s * fragments * 16].maximum);
 #pragma unroll
     for (int s = 0; s < kWarps; ++s) {
       if (s >= shares) break;
-      const RaggedExtreme of_share = extremes[row + s * fragments * 16];
+      const RaggedExtreme of_share = extremes[i + s * fragments * 16];
       weight[s] = weight_of(of_share.maximum, base_of(maximum));
       sum += weight[s] * of_share.sum;
     }
@@ -470,7 +471,7 @@ __device__ __forceinline__ void ragged_job(const RaggedAttentionParams& p, const
 #pragma unroll
       for (int s = 0; s < kWarps; ++s) {
         if (s >= shares) break;
-        value += weight[s] * results[(row + s * fragments * 16) * kSize + (column ^ ((row & 7) << 3))];
+        value += weight[s] * results[(i + s * fragments * 16) * kSize + (column ^ ((i & 7) << 3))];
       }
       if (tile.chunks > 1)
         w.values[slot * p.value_size + column] = value;
