@@ -72,6 +72,24 @@ __device__ __forceinline__ constexpr float fp8_factor() {
 // successive rows, which one matrix load or eight lanes read together, lies in all 32 banks.
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * kLine + ((chunk ^ (row & 7)) << 4); }
 
+// 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zeros. What no 16-byte access
+// may touch is read element by element, at once.
+template <class T>
+__device__ __forceinline__ void copy_16(char* to, const char* from, int bytes, bool aligned) {
+  if (aligned) {
+    ptx::cp_async_16(to, from, bytes);
+    return;
+  }
+  constexpr int kElements = 16 / sizeof(T);
+  T element[kElements];
+#pragma unroll
+  for (int e = 0; e < kElements; ++e)
+    element[e] = e * static_cast<int>(sizeof(T)) < bytes ? reinterpret_cast<const T*>(from)[e] : T{};
+  uint4 words;
+  memcpy(&words, element, 16);
+  *reinterpret_cast<uint4*>(to) = words;
+}
+
 // The (tile, row block) pairs that a thread block works through: an item is a chunk of the vocabulary, tile by tile,
 // for one block of rows; row blocks of one chunk are neighbours, so that all but the first find the weight in L2.
 // With `at_once` 2, an item is two successive chunks, whose tiles go side by side: `tile` is the first one's, the
@@ -129,7 +147,8 @@ class Loader {
       const int bytes = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i)
-        copy(stage + chunk_at(row + i * kRowsAtOnce, chunk), row_[i], offset, row_[i] ? bytes : 0);
+        copy_16<W>(stage + chunk_at(row + i * kRowsAtOnce, chunk), row_[i] && bytes ? row_[i] + offset : x_,
+                   row_[i] ? bytes : 0, aligned_);
       const char* x = x_ + line_ * kLines * kLine + chunk * 16;
 #pragma unroll
       for (int line = 0; line < kLines; ++line)
@@ -156,23 +175,6 @@ class Loader {
     for (int i = 0; i < kPasses; ++i) row_[i] = source_.weight_row(jobs_, threadIdx.x / 8 + i * kRowsAtOnce);
     x_ = source_.hidden_rows(jobs_);
     aligned_ = source_.aligned(jobs_);
-  }
-
-  // 16 bytes to shared memory, of which the first `bytes` come from `row + offset`. Rows that no 16-byte access may
-  // touch are read element by element.
-  __device__ void copy(char* to, const char* row, int64_t offset, int bytes) {
-    if (aligned_) {
-      ptx::cp_async_16(to, bytes ? row + offset : x_, bytes);
-      return;
-    }
-    constexpr int kElements = 16 / sizeof(W);
-    W element[kElements];
-#pragma unroll
-    for (int e = 0; e < kElements; ++e)
-      element[e] = e * static_cast<int>(sizeof(W)) < bytes ? reinterpret_cast<const W*>(row + offset)[e] : W{};
-    uint4 words;
-    memcpy(&words, element, 16);
-    *reinterpret_cast<uint4*>(to) = words;
   }
 
   Source source_;

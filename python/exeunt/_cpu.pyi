@@ -13,7 +13,7 @@ class KvFill:
         ...
     def fill(self, hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], places: typing.SupportsInt | typing.SupportsIndex, tables: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], tables_dtype: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
         """
-        Check the rows, then write their keys and values.
+        Write the rows' keys and values.
         """
     def workspace(self, rows: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
         """

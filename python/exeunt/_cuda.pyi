@@ -2,8 +2,23 @@
 CUDA kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 """
 from __future__ import annotations
+import collections.abc
 import typing
-__all__: list[str] = ['built_archs', 'compact', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'expand', 'runtime_version', 'saturation', 'small_head', 'small_head_workspace', 'takes_float8', 'version']
+__all__: list[str] = ['KvFill', 'built_archs', 'compact', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'expand', 'runtime_version', 'saturation', 'small_head', 'small_head_workspace', 'takes_float8', 'version']
+class KvFill:
+    """
+    kv_fill for one stack; see exeunt.ops.kv_fill.
+    """
+    def __init__(self, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, layers: typing.SupportsInt | typing.SupportsIndex, table: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def fill(self, hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], places: typing.SupportsInt | typing.SupportsIndex, tables: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], tables_dtype: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Write the rows' keys and values.
+        """
+    def workspace(self, rows: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes of workspace for that many rows.
+        """
 def built_archs() -> str:
     """
     Architectures that this module holds kernels for, as CMake names them.
