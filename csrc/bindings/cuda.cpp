@@ -89,7 +89,8 @@ void expand(uintptr_t rows, uintptr_t count, uintptr_t compacted, uintptr_t into
   });
 }
 
-void kv_fill(const KvFillParams& p, int device, uintptr_t stream) {
+void kv_fill(const KvFill&, KvFillParams& p, int device, uintptr_t stream) {
+  py::gil_scoped_release release;
   const auto say = [&] {
     return "kv_fill: hidden " + shape(p.rows, p.width) + ", " + std::to_string(p.until) + " layers of " +
            std::to_string(p.heads) + " heads of " + std::to_string(p.head_size);
@@ -130,7 +131,13 @@ PYBIND11_MODULE(EXEUNT_MODULE, m) {
         py::arg("pooled"), "Bytes of workspace that small_head needs.");
   def_small_head(m, &small_head, py::arg("workspace"), py::arg("device"), py::arg("stream"));
   def_saturation(m, &saturation, py::arg("device"), py::arg("stream"));
-  def_kv_fill(m, &cuda::kv_fill_workspace, &kv_fill, py::arg("device"), py::arg("stream"));
+  def_kv_fill(m, &kv_fill, py::arg("device"), py::arg("stream"))
+      .def(
+          "workspace",
+          [](const KvFill& stack, int64_t rows) {
+            return cuda::kv_fill_workspace(stack.p.dtype, rows, stack.p.width, stack.layers);
+          },
+          py::arg("rows"), "Bytes of workspace for that many rows.");
   m.attr("largest_head") = cuda::kLargestHead;
   m.def("ragged_attention_workspace", &cuda::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("entries"), py::arg("room"), py::arg("value_size"),

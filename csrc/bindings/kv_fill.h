@@ -38,16 +38,17 @@ struct KvFill {
 // rows of the cache, address of its slots by layer.
 using KvRowsOf = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
 
-// Class "KvFill" with workspace(rows) and fill(..., last...), which calls run(params, last...); `last_names` are the
-// py::arg of what follows the parameters. `tables` are pairs of addresses: none, one for all layers, or one a layer.
+// Class "KvFill" with fill(..., last...), which calls run(stack, params, last...), rows as Python has them;
+// `last_names` are the py::arg of what follows the parameters. `tables` are pairs of addresses: none, one for all
+// layers, or one a layer.
 template <class... Last, class... Names>
-void def_kv_fill(py::module_& m, int64_t (*workspace)(DType, int64_t, int64_t, int64_t),
-                 void (*run)(const KvFillParams&, Last...), const Names&... last_names) {
+py::class_<KvFill> def_kv_fill(py::module_& m, void (*run)(const KvFill&, KvFillParams&, Last...),
+                               const Names&... last_names) {
   const auto fill = [run](const KvFill& self, uintptr_t hidden, int hidden_dtype, int64_t hidden_stride,
                           const KvRowsOf& rows, uintptr_t places, const std::vector<uintptr_t>& tables,
                           int tables_dtype, int64_t rotary, uintptr_t space, Last... last) {
-    const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows;
     const auto integers = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+    const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows;
     KvFillParams p = self.p;
     p.hidden = reinterpret_cast<const void*>(hidden);
     p.hidden_dtype = static_cast<DType>(hidden_dtype);
@@ -65,20 +66,14 @@ void def_kv_fill(py::module_& m, int64_t (*workspace)(DType, int64_t, int64_t, i
     p.batch = batch;
     p.capacities = integers(capacities);
     p.workspace = reinterpret_cast<void*>(space);
-    py::gil_scoped_release release;
-    run(p, last...);
+    run(self, p, last...);
   };
-  py::class_<KvFill>(m, "KvFill", "kv_fill for one stack; see exeunt.ops.kv_fill.")
+  // Local: both modules have one.
+  return py::class_<KvFill>(m, "KvFill", py::module_local(), "kv_fill for one stack; see exeunt.ops.kv_fill.")
       .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int64_t, uintptr_t>(),
            py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),
            py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("layers"),
            py::arg("table"))
-      .def(
-          "workspace",
-          [workspace](const KvFill& self, int64_t rows) {
-            return workspace(self.p.dtype, rows, self.p.width, self.layers);
-          },
-          py::arg("rows"), "Bytes of workspace for up to that many rows.")
       .def("fill", fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
            py::arg("places"), py::arg("tables"), py::arg("tables_dtype"), py::arg("rotary"), py::arg("workspace"),
            last_names..., "Write the rows' keys and values.");

@@ -12,6 +12,9 @@
 
 namespace exeunt::cuda {
 
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+inline int64_t parts(int64_t value, int64_t part) { return (value + part - 1) / part; }
+
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   std::string what = cudaGetErrorString(error);
@@ -62,9 +65,6 @@ struct Target {
     return int64_t{std::clamp(shared / (bytes + 1024), 1, at_most)} * multiprocessors;
   }
 };
-
-inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-inline int64_t parts(int64_t value, int64_t part) { return (value + part - 1) / part; }
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
