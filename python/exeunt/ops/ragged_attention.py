@@ -98,6 +98,10 @@ def ragged_attention(
     2023), in chunks counted from ``kv_start`` and merged in order: an entry has the same bits in any batch, at any
     left padding, with any number of threads. Sums are float32.
 
+    On CUDA lists are read on the device, so that a captured graph follows them, and nobody can refuse what they say:
+    an entry that names a row, keys or a page that are not there becomes NaN, everything if ``q_indptr`` does not rise
+    from 0 to T; ``count`` is cut to 0..R. Heads wider than 256 are left to plain torch there.
+
     Examples
     --------
     >>> import torch, exeunt
