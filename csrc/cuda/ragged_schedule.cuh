@@ -6,8 +6,7 @@
 //   chunk     256 keys for each tile of the entry, counted from kv_start                   one warp finds a tile's
 //   item      a chunk of a tile, the longest first; with a key head it is a job of the attention kernel
 //
-//   workspace | counts | tiles | items | maximum and sum | values |     the last two: results of tiles of several
-//   chunks
+//   workspace | counts | tiles | items | maximum and sum | values |     the last two of tiles of several chunks
 //
 // A chunk grows with the number of its entry's tiles, so an entry has about as many items as it has 256 keys, and the
 // results that wait for their merge take a fixed share of the keys' bytes. Everything that bits depend on, tiles and
