@@ -1,6 +1,6 @@
-"""exit_stats on a GPU beside the time of one read of the head, torch eager, torch.compile and installed peers.
+"""exit_stats, kv_fill and ragged_attention on a GPU beside one read of what they read, torch and installed peers.
 
-    python benchmarks/bench_cuda.py [--out FILE]    the table
+    python benchmarks/bench_cuda.py [--out FILE]    the tables
     python benchmarks/bench_cuda.py --small         each kernel once on small shapes, for compute-sanitizer
 
 Medians of CUDA events, inputs of all contenders read anew from memory (a buffer larger than any L2 is written between
@@ -8,6 +8,9 @@ two runs), contenders interleaved. "x read" is our time over that of reading the
 Other columns are the contender's time over ours: above 1, exeunt is faster. "linear alone" is torch's product alone,
 "fp8 head" exeunt with an Fp8Head: below 1, that is faster. Liger and Cut Cross-Entropy compute a loss,
 FlashInfer top-k of logits that torch multiplies: less than the statistics that exit_stats leaves.
+
+kv_fill: all of 28 layers skipped, keys and values of N rows; beside it the layers' own work in torch. Both also as they
+replay in a CUDA graph, without the Python around them: "x read" is the graph's time over that of reading the weights.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import itertools
 import statistics
 import subprocess
 from pathlib import Path
@@ -22,8 +26,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+import bench_cuda_attention
 import exeunt
 from exeunt import ExitStats, ops
+from exeunt.ops import KVCache, KVLayer, KVStack
 
 #: Heads, and the numbers of rows to measure with each: torch.compile takes seconds for every one.
 SHAPES = {
@@ -32,6 +38,10 @@ SHAPES = {
     (49_152, 576): [1, 16, 64],
 }
 EPS = 1e-5
+
+#: kv_fill: layers, D, key and value heads, their size; and the numbers of rows.
+LAYERS, WIDTH, HEADS, SIZE = 28, 4096, 8, 128
+ROWS = [1, 4, 16, 64, 512]
 
 
 def eager(hidden, head, weight):
@@ -91,6 +101,64 @@ def interleaved(contenders, budget=0.5):
     return {name: failed.get(name) or statistics.median(found) for name, found in times.items()}
 
 
+def kv_fill_sides(n, layers=LAYERS, width=WIDTH, heads=HEADS, size=SIZE, dtype=torch.bfloat16):
+    """kv_fill for n rows that skipped all layers, and a loop over the layers in torch; both write the same places."""
+
+    def made(*shape, scale=1.0):
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    own = [KVLayer(*(made(heads, size, width, scale=width**-0.5) for _ in "kv"), norm_weight=made(width))
+           for _ in range(layers)]  # fmt: skip
+    stack = KVStack(own, norm="rms", eps=EPS)
+    keys, values = ([torch.zeros(8, heads, n // 8 + 1, size, device="cuda", dtype=dtype) for _ in own] for _ in "kv")
+    cache, hidden, every = KVCache(keys, values), made(n, width), torch.arange(n, device="cuda")
+    first, rows, slots, (cos, sin) = torch.zeros_like(every), every % 8, every // 8, made(2, n, size)
+
+    def ours():
+        ops.kv_fill(hidden, first, rows, slots, stack, cache, rotary=(cos, sin))
+
+    def loop():
+        for layer, key_cache, value_cache in zip(own, keys, values, strict=True):
+            x = F.rms_norm(hidden, (width,), layer.norm_weight, EPS)
+            key = F.linear(x, layer.key.view(-1, width)).view(n, heads, size)
+            a, b = key.chunk(2, -1)
+            key_cache[rows, :, slots] = key * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+            value_cache[rows, :, slots] = F.linear(x, layer.value.view(-1, width)).view(n, heads, size)
+
+    return ours, loop, keys + values
+
+
+def captured(run):
+    """Its replay."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def kv_fill_table():
+    shape = f"kv_fill, {LAYERS} layers, D={WIDTH}, {HEADS} x {SIZE}, bf16"
+    yield f"| {shape}: N | ms | graph ms | x read | loop | loop graph |"
+    yield "|---|---|---|---|---|---|"
+    nbytes = 2 * LAYERS * WIDTH * HEADS * SIZE * 2
+    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    read = interleaved({"copy": lambda: target.copy_(source)})["copy"] / 2
+    for n in ROWS:
+        ours, loop, _ = kv_fill_sides(n)
+        sides = {"ours": ours, "loop": loop, "graph": captured(ours), "loop graph": captured(loop)}
+        got = interleaved(sides)
+        if any(isinstance(time, str) for time in got.values()):
+            raise SystemExit(f"kv_fill's benchmark failed: {got}, N={n}")
+        alone, graph = got["ours"], got["graph"]
+        yield (
+            f"| {n} | {alone:.3f} | {graph:.3f} | {graph / read:.2f} | {got['loop'] / alone:.2f} "
+            f"| {got['loop graph'] / graph:.2f} |"
+        )
+
+
 def table():
     columns = ["torch eager", "torch.compile", "linear alone", "Cut Cross-Entropy", "Liger", "FlashInfer"]
     yield f"| V x D, bf16 | N | exeunt ms | x read | TFLOP/s | fp8 head | {' | '.join(columns)} |"
@@ -132,7 +200,15 @@ def small():
             head = ops.Fp8Head(torch.randn(130, 40, device="cuda"))
             for n in (9, 20):
                 ops.exit_stats(torch.randn(n, 40, device="cuda", dtype=dtype), head)
+    bench_cuda_attention.small()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, size in ((3, 24), (20, 128), (3, 256)):
+            ours, loop, cache = kv_fill_sides(n, 2, 72, 2, size, dtype)
+            ours()
+            found = [t.clone() for t in cache]
+            loop()
+            for got, want in zip(found, cache, strict=True):
+                torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
         for n, v, d in [(1, 300, 64), (12, 130, 33), (20, 260, 72), (70, 129, 96)]:
             hidden, head = torch.randn(n, d).to("cuda", dtype), torch.randn(v, d).to("cuda", dtype)
             every = torch.arange(n, device="cuda")
@@ -156,14 +232,15 @@ def main():
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
     lines = [
-        "# exit_stats on CUDA",
+        "# exit_stats, kv_fill and ragged_attention on CUDA",
         "",
         f"{torch.cuda.get_device_name()}, driver {driver or 'unknown'}, torch {torch.__version__}, "
         f"exeunt {exeunt.__version__}, {datetime.date.today()}. `benchmarks/gpu.sh`; what the columns mean stands in "
-        "`benchmarks/bench_cuda.py`.",
+        "`benchmarks/bench_cuda.py` and `bench_cuda_attention.py`.",
         "",
     ]
-    for line in table():
+    attention = bench_cuda_attention.table(interleaved, captured)
+    for line in itertools.chain(kv_fill_table(), [""], attention, [""], table()):
         print(line, flush=True)
         lines.append(line)
         if asked.out:  # after each line: what was measured stays, should the time run out

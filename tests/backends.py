@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from exeunt import ops
-from exeunt.ops import _backend
+from exeunt.ops import KVCache, KVLayer, KVStack, _backend
 
 
 def emulated():
@@ -48,11 +48,35 @@ class Emulated:
     def saturation(self, *args):
         self.module.saturation(*args, 0, 0)
 
+    def KvFill(self, *args):
+        return EmulatedKvFill(self.module.KvFill(*args))
+
+    def ragged_attention_workspace(self, *args):
+        return 0  # ragged_attention below brings its own
+
+    def ragged_attention(self, *args):
+        tokens, heads, kv_heads, size, value_size, _, slots = args[4]
+        room = slots * args[23] if args[23] >= 0 else slots
+        size = self.module.ragged_attention_workspace(tokens, heads, kv_heads, args[10], room, value_size)
+        workspace = torch.full((size + 64,), 255, dtype=torch.uint8)
+        self.module.ragged_attention(*args[:-2], (workspace.data_ptr() + 63) & ~63, 0, 0)
+
     def compact(self, *args):
         self.module.compact(*args[:-1], 0, 0)
 
     def expand(self, *args):
         self.module.expand(*args[:-1], 0, 0)
+
+
+class EmulatedKvFill:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def workspace(self, rows, threads):
+        return self.kernel.workspace(rows)
+
+    def fill(self, *args):
+        self.kernel.fill(*args[:-1], 0, 0)
 
 
 #: Emulated devices by name: the kernels for sm_80 on, and those for Hopper.
@@ -67,6 +91,31 @@ def moved(t, device="cuda"):
     """The tensor on the device with its strides and offset, whatever lies between its elements."""
     storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
     return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def moved_stack(stack, device="cuda"):
+    """The stack on the device."""
+    layers = [KVLayer(*(t if t is None else moved(t, device) for t in vars(layer).values())) for layer in stack.layers]
+    names = ("norm", "eps", "key_norm", "key_eps", "shift", "interleaved")
+    return KVStack(layers, **{name: getattr(stack, name) for name in names})
+
+
+def kv_fill_there(kv_fill, device="cuda"):
+    """kv_fill on the device for CPU tensors: all goes there, the cache comes back."""
+
+    def move(x):
+        if isinstance(x, torch.Tensor):
+            return moved(x, device)
+        return type(x)(map(move, x)) if isinstance(x, (tuple, list)) else x
+
+    def run(hidden, from_layer, rows, slots, stack, cache, *, rotary=None, until=None):
+        there = KVCache(move(cache.keys), move(cache.values))
+        places = move((hidden, from_layer, rows, slots))
+        kv_fill(*places, moved_stack(stack, device), there, rotary=move(rotary), until=until)
+        for old, new in zip(cache.keys + cache.values, there.keys + there.values, strict=True):
+            old.copy_(new)
+
+    return run
 
 
 def patch_ops(monkeypatch):
@@ -87,5 +136,6 @@ def patch_ops(monkeypatch):
 
         return run
 
-    for name in ("exit_stats", "small_head", "probe", "saturation"):
+    for name in ("exit_stats", "small_head", "probe", "saturation", "ragged_attention"):
         monkeypatch.setattr(ops, name, there(getattr(ops, name)))
+    monkeypatch.setattr(ops, "kv_fill", kv_fill_there(ops.kv_fill))

@@ -2,11 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <tuple>
-#include <vector>
 
 #include "bindings/exit_stats.h"
+#include "bindings/kv_fill.h"
+#include "bindings/ragged_attention.h"
 #include "bindings/small_head.h"
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
@@ -57,123 +57,30 @@ int64_t classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int6
 
 const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
 
-// The rows of a call and the cache they go to, as ops/kv_fill.py sends them.
-using KvRowsOf = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
-
 cpu::KvRowsArg kv_rows_arg(const KvRowsOf& rows, int64_t layers) {
   const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows;
   return {integers(from_layer), integers(batch_rows), integers(slots), count, layers, until, batch,
           integers(capacities)};
 }
 
-// (address, strides...) of a tensor, in elements; address 0 means "not given".
-using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-
-CacheArg cache_arg(const Strided& c) {
-  const auto [data, row, head, slot] = c;
-  return {reinterpret_cast<const void*>(data), row, head, slot};
-}
-
-// `q` and `pages` have two strides; lists are addresses of int64.
-void ragged_attention(const Strided& q, const Strided& keys, const Strided& values, int dtype,
-                      const std::array<int64_t, 7>& shape, uintptr_t q_indptr, uintptr_t rows, uintptr_t kv_len,
-                      uintptr_t kv_start, uintptr_t positions, int64_t entries, int64_t live, bool causal,
-                      int64_t window, float softcap, float scale, uintptr_t alibi, const Strided& bias, int bias_dtype,
-                      int64_t bias_keys, const Strided& pages, int64_t page_rows, int64_t page_columns, uintptr_t out,
-                      uintptr_t workspace, int threads) {
-  const auto list = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
-  RaggedAttentionParams p{};
-  p.q = reinterpret_cast<const void*>(std::get<0>(q));
-  p.q_token = std::get<1>(q);
-  p.q_head = std::get<2>(q);
-  p.keys = cache_arg(keys);
-  p.values = cache_arg(values);
-  p.dtype = static_cast<DType>(dtype);
-  std::tie(p.tokens, p.heads, p.kv_heads, p.size, p.value_size, p.rows_held, p.slots) = std::tuple_cat(shape);
-  p.entries = entries;
-  p.live = live;
-  p.q_indptr = list(q_indptr);
-  p.rows = list(rows);
-  p.kv_len = list(kv_len);
-  p.kv_start = list(kv_start);
-  p.positions = list(positions);
-  p.causal = causal;
-  p.window = window;
-  p.softcap = softcap;
-  p.scale = scale;
-  p.alibi = reinterpret_cast<const float*>(alibi);
-  p.bias = reinterpret_cast<const void*>(std::get<0>(bias));
-  p.bias_token = std::get<1>(bias);
-  p.bias_head = std::get<2>(bias);
-  p.bias_key = std::get<3>(bias);
-  p.bias_dtype = static_cast<DType>(bias_dtype);
-  p.bias_keys = bias_keys;
-  p.pages = reinterpret_cast<const int32_t*>(std::get<0>(pages));
-  p.page_row = std::get<1>(pages);
-  p.page_column = std::get<2>(pages);
-  p.page_rows = page_rows;
-  p.page_columns = page_columns;
-  p.out = reinterpret_cast<void*>(out);
-  p.workspace = reinterpret_cast<void*>(workspace);
+void ragged_attention(RaggedAttentionParams& p, int threads) {
   p.threads = threads;
-  py::gil_scoped_release release;
+  if (p.count) p.live = p.count_64 ? *static_cast<const int64_t*>(p.count) : *static_cast<const int32_t*>(p.count);
   cpu::ragged_attention(p, cpu::ragged_attention_plan(p));
 }
 
-// What kv_fill is told about a stack once, so that a call brings only what changes.
-class KvFill {
- public:
-  KvFill(int64_t width, int64_t heads, int64_t head_size, int dtype, int norm, float eps, int key_norm, float key_eps,
-         float shift, bool interleaved, int64_t layers, uintptr_t table)
-      : layers_(layers) {
-    p_.width = width;
-    p_.heads = heads;
-    p_.head_size = head_size;
-    p_.dtype = static_cast<DType>(dtype);
-    p_.norm = static_cast<Norm>(norm);
-    p_.eps = eps;
-    p_.key_norm = static_cast<Norm>(key_norm);
-    p_.key_eps = key_eps;
-    p_.shift = shift;
-    p_.interleaved = interleaved;
-    p_.layers = reinterpret_cast<const KvLayer*>(table);
-  }
-
-  int64_t workspace(int64_t rows, int threads) const {
-    return cpu::kv_fill_workspace(p_.dtype, rows, p_.width, p_.head_size, threads);
-  }
-
-  // `tables` are pairs of addresses: none, one for all layers, or one a layer.
-  void fill(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, const KvRowsOf& rows, uintptr_t places,
-            const std::vector<uintptr_t>& tables, int tables_dtype, int64_t rotary, uintptr_t workspace,
-            int threads) const {
-    const cpu::KvRowsArg arg = kv_rows_arg(rows, layers_);
-    const cpu::KvRows sorted = cpu::kv_rows(arg);
-    KvFillParams p = p_;
-    p.hidden = reinterpret_cast<const void*>(hidden);
-    p.hidden_dtype = static_cast<DType>(hidden_dtype);
-    p.hidden_stride = hidden_stride;
-    p.rows = static_cast<int64_t>(sorted.source.size());
-    p.rotary = rotary;
-    p.source = sorted.source.data();
-    p.from_layer = sorted.from_layer.data();
-    p.batch_rows = sorted.batch_rows.data();
-    p.slots = sorted.slots.data();
-    p.places = reinterpret_cast<const KvPlace*>(places);
-    p.tables = tables.empty() ? nullptr : reinterpret_cast<const KvRotary*>(tables.data());
-    p.one_table = tables.size() == 2;
-    p.tables_dtype = static_cast<DType>(tables_dtype);
-    p.until = arg.until;
-    p.workspace = reinterpret_cast<void*>(workspace);
-    p.threads = threads;
-    py::gil_scoped_release release;
-    cpu::kv_fill(p);
-  }
-
- private:
-  KvFillParams p_{};
-  int64_t layers_;
-};
+void kv_fill(const KvFill& stack, KvFillParams& p, int threads) {
+  const cpu::KvRows sorted =
+      cpu::kv_rows({p.from_layer, p.batch_rows, p.slots, p.rows, stack.layers, p.until, p.batch, p.capacities});
+  py::gil_scoped_release release;
+  p.rows = static_cast<int64_t>(sorted.source.size());
+  p.source = sorted.source.data();
+  p.from_layer = sorted.from_layer.data();
+  p.batch_rows = sorted.batch_rows.data();
+  p.slots = sorted.slots.data();
+  p.threads = threads;
+  cpu::kv_fill(p);
+}
 
 }  // namespace
 
@@ -209,22 +116,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),
         "Bytes of workspace that ragged_attention needs.");
-  m.def("ragged_attention", &ragged_attention, py::arg("q"), py::arg("keys"), py::arg("values"), py::arg("dtype"),
-        py::arg("shape"), py::arg("q_indptr"), py::arg("rows"), py::arg("kv_len"), py::arg("kv_start"),
-        py::arg("positions"), py::arg("entries"), py::arg("live"), py::arg("causal"), py::arg("window"),
-        py::arg("softcap"), py::arg("scale"), py::arg("alibi"), py::arg("bias"), py::arg("bias_dtype"),
-        py::arg("bias_keys"), py::arg("pages"), py::arg("page_rows"), py::arg("page_columns"), py::arg("out"),
-        py::arg("workspace"), py::arg("threads"), "Attention over ragged rows; see exeunt.ops.ragged_attention.");
-  py::class_<KvFill>(m, "KvFill", "kv_fill for one stack; see exeunt.ops.kv_fill.")
-      .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int64_t, uintptr_t>(),
-           py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),
-           py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("layers"),
-           py::arg("table"))
-      .def("workspace", &KvFill::workspace, py::arg("rows"), py::arg("threads"),
-           "Bytes of workspace for up to that many rows.")
-      .def("fill", &KvFill::fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
-           py::arg("places"), py::arg("tables"), py::arg("tables_dtype"), py::arg("rotary"), py::arg("workspace"),
-           py::arg("threads"), "Check the rows, then write their keys and values.");
+  def_ragged_attention(m, &ragged_attention, py::arg("threads"));
+  def_kv_fill(m, &kv_fill, py::arg("threads"))
+      .def(
+          "workspace",
+          [](const KvFill& stack, int64_t rows, int threads) {
+            return cpu::kv_fill_workspace(stack.p.dtype, rows, stack.p.width, stack.p.head_size, threads);
+          },
+          py::arg("rows"), py::arg("threads"), "Bytes of workspace for up to that many rows.");
   m.def(
       "kv_fill_check", [](const KvRowsOf& rows, int64_t layers) { cpu::kv_rows(kv_rows_arg(rows, layers)); },
       py::arg("rows"), py::arg("layers"), "Raise ValueError unless the rows have places of their own in the cache.");

@@ -7,10 +7,14 @@
 #include <string>
 
 #include "bindings/exit_stats.h"
+#include "bindings/kv_fill.h"
+#include "bindings/ragged_attention.h"
 #include "bindings/small_head.h"
 #include "cuda/compact.h"
 #include "cuda/device.h"
 #include "cuda/exit_stats.h"
+#include "cuda/kv_fill.h"
+#include "cuda/ragged_attention.h"
 #include "cuda/small_head.h"
 
 #ifdef EXEUNT_CUDA_EMULATED
@@ -59,6 +63,14 @@ void saturation(const SaturationParams& p, int device, uintptr_t stream) {
   named(device, say, [&] { cuda::saturation(p, device, reinterpret_cast<void*>(stream)); });
 }
 
+void ragged_attention(RaggedAttentionParams& p, int device, uintptr_t stream) {
+  const auto say = [&] {
+    return "ragged_attention: " + std::to_string(p.tokens) + " queries of " + std::to_string(p.entries) +
+           " entries, heads " + shape(p.heads, p.size) + " over " + shape(p.kv_heads, p.value_size);
+  };
+  named(device, say, [&] { cuda::ragged_attention(p, device, reinterpret_cast<void*>(stream)); });
+}
+
 void compact(uintptr_t mask, int64_t stride, int64_t n, uintptr_t rows, uintptr_t count, int device, uintptr_t stream) {
   const auto say = [&] { return "compact: mask [" + std::to_string(n) + "]"; };
   named(device, say, [&] {
@@ -75,6 +87,15 @@ void expand(uintptr_t rows, uintptr_t count, uintptr_t compacted, uintptr_t into
                  reinterpret_cast<const void*>(compacted), reinterpret_cast<const void*>(into),
                  reinterpret_cast<void*>(out), n, row_bytes, device, reinterpret_cast<void*>(stream));
   });
+}
+
+void kv_fill(const KvFill&, KvFillParams& p, int device, uintptr_t stream) {
+  py::gil_scoped_release release;
+  const auto say = [&] {
+    return "kv_fill: hidden " + shape(p.rows, p.width) + ", " + std::to_string(p.until) + " layers of " +
+           std::to_string(p.heads) + " heads of " + std::to_string(p.head_size);
+  };
+  named(device, say, [&] { cuda::kv_fill(p, device, reinterpret_cast<void*>(stream)); });
 }
 
 // As much as small_head will need, from the sizes alone.
@@ -110,6 +131,18 @@ PYBIND11_MODULE(EXEUNT_MODULE, m) {
         py::arg("pooled"), "Bytes of workspace that small_head needs.");
   def_small_head(m, &small_head, py::arg("workspace"), py::arg("device"), py::arg("stream"));
   def_saturation(m, &saturation, py::arg("device"), py::arg("stream"));
+  def_kv_fill(m, &kv_fill, py::arg("device"), py::arg("stream"))
+      .def(
+          "workspace",
+          [](const KvFill& stack, int64_t rows) {
+            return cuda::kv_fill_workspace(stack.p.dtype, rows, stack.p.width, stack.layers);
+          },
+          py::arg("rows"), "Bytes of workspace for that many rows.");
+  m.attr("largest_head") = cuda::kLargestHead;
+  m.def("ragged_attention_workspace", &cuda::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
+        py::arg("kv_heads"), py::arg("entries"), py::arg("room"), py::arg("value_size"),
+        "Bytes of workspace that ragged_attention needs.");
+  def_ragged_attention(m, &ragged_attention, py::arg("device"), py::arg("stream"));
   m.def("compact", &compact, py::arg("mask"), py::arg("stride"), py::arg("n"), py::arg("rows"), py::arg("count"),
         py::arg("device"), py::arg("stream"), "Rows of a mask first; see exeunt.ops.compact.");
   m.def("expand", &expand, py::arg("rows"), py::arg("count"), py::arg("compacted"), py::arg("into"), py::arg("out"),

@@ -136,7 +136,8 @@ struct KvRotary {
   const void *cos, *sin;
 };
 
-// Rows are sorted by from_layer: those that a layer serves come first.
+// Rows are sorted by from_layer: those that a layer serves come first. On CUDA they come as they are, and all but
+// `tables` is device memory.
 struct KvFillParams {
   const void* hidden;  // [*, D], dtype hidden_dtype, row stride hidden_stride elements
   DType hidden_dtype;
@@ -159,6 +160,9 @@ struct KvFillParams {
   DType tables_dtype;
   int64_t until;
 
+  int64_t batch;  // of the cache, and [until] its slots by layer: what rows on a device are held to
+  const int64_t* capacities;
+
   void* workspace;  // kv_fill_workspace() bytes, 64-byte aligned
   int32_t threads;
 };
@@ -176,9 +180,11 @@ struct RaggedAttentionParams {
   DType dtype;                                        // of q, keys, values and out
   int64_t tokens, heads, kv_heads, size, value_size;  // T, Hq, Hkv, Dh, Dv
   int64_t rows_held, slots;                           // B and S, or P and the keys of a page
-  int64_t entries, live;                              // R, and how many of them are active
-  const int64_t *q_indptr, *rows, *kv_len;            // [R + 1], [R], [R]
-  const int64_t *kv_start, *positions;                // [R], [T], or null
+  int64_t entries, live;                              // R, and how many of them are active (CPU)
+  const void* count;  // the latter as it lies where the kernel runs: one integer, or null for all of them
+  bool count_64;
+  const int64_t *q_indptr, *rows, *kv_len;  // [R + 1], [R], [R]
+  const int64_t *kv_start, *positions;      // [R], [T], or null
   bool causal;
   int64_t window;        // 0: none
   float softcap, scale;  // softcap 0: none

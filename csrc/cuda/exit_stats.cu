@@ -9,9 +9,6 @@ namespace {
 
 constexpr int64_t kMaxChunks = 2048;  // 262,144 vocabulary rows in chunks of one tile; beyond that, chunks grow
 
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-int64_t parts(int64_t value, int64_t part) { return (value + part - 1) / part; }
-
 struct Plan {
   ExitStatsWorkspace w;
   int64_t padded_rows, bytes;

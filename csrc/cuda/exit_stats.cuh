@@ -31,18 +31,42 @@ static __global__ void __launch_bounds__(kThreads)
               reinterpret_cast<double*>(ptx::dynamic_shared()), write);
 }
 
+// The rows that a tile of the vocabulary stands for: those of the head, or of them the ones that `columns` lists.
+struct HeadSource {
+  using Jobs = cuda::Jobs;
+
+  const char* data;
+  int64_t stride;
+  const int64_t* columns;
+  int64_t rows, bound;  // of the vocabulary, of the head
+  const char* x;
+  int64_t block_bytes;  // of a block of hidden rows
+
+  __device__ const char* weight_row(const Jobs& jobs, int r) const {
+    const int64_t position = jobs.tile * kTile + r;
+    const int64_t row = position >= rows ? -1 : columns ? columns[position] : position;
+    return row >= 0 && row < bound ? data + row * stride : nullptr;
+  }
+  __device__ const char* hidden_rows(const Jobs& jobs) const { return x + jobs.block * block_bytes; }
+  __device__ bool aligned(const Jobs&) const {
+    return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride)) % 16 == 0;
+  }
+};
+
 template <class W, class T, int kRows>
 __global__ void __launch_bounds__(kThreads, 2)
     exit_stats_kernel(const __grid_constant__ ExitStatsParams p, const __grid_constant__ ExitStatsWorkspace w) {
   char* shared = ptx::dynamic_shared();
   const int64_t live = live_rows(p);
   const Jobs jobs(w.tiles, w.tiles_per_chunk, (live + kRows - 1) / kRows);
-  Loader<W, T, kRows> loader(p.head, p.columns, p.vocab, p.head_rows, p.width, w.x,
-                             w.x_width * static_cast<int64_t>(sizeof(T)), jobs);
+  const int64_t x_stride = w.x_width * static_cast<int64_t>(sizeof(T));
+  const HeadSource source{
+      static_cast<const char*>(p.head.data), p.head.row_stride, p.columns, p.vocab, p.head_rows, w.x, kRows * x_stride};
+  Loader<W, T, kRows, HeadSource> loader(source, jobs, p.width * static_cast<int64_t>(sizeof(W)), x_stride);
   constexpr bool kScaled = sizeof(W) == 1;
   const ExitStatsEpilogue<kRows, false, kScaled> epilogue(
       p, w, live, 0, shared + kStages<kRows> * kStageBytes<kRows, kRowLines<W, T>>, kScaled ? fp8_factor<T>() : 1.0f);
-  product<W, T, kRows>(loader, jobs, shared, epilogue);
+  product(loader, jobs, shared, [&](const Jobs& job, Accumulator<kRows>& acc) { epilogue(job.tile, job.block, acc); });
 }
 
 // One warp per row: each lane merges its run of chunks, then neighbours join, always the earlier with the later.

@@ -1,7 +1,8 @@
-// Launches whose errors become exceptions, on a device that is current for as long as they take.
+// Launches whose errors become exceptions, on a device that is current for as long as they take; what launchers share.
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,9 @@
 #include "cuda/device.h"
 
 namespace exeunt::cuda {
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+inline int64_t parts(int64_t value, int64_t part) { return (value + part - 1) / part; }
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -44,6 +48,23 @@ inline int attribute(cudaDeviceAttr which, int device) {
   check(cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
+
+// Where a launch goes, and what there is to share among its thread blocks.
+struct Target {
+  cudaStream_t stream;
+  int multiprocessors, shared, block_shared;  // bytes of shared memory of a multiprocessor, of a block at most
+
+  Target(int device, cudaStream_t stream_)
+      : stream(stream_),
+        multiprocessors(attribute(cudaDevAttrMultiProcessorCount, device)),
+        shared(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)),
+        block_shared(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {}
+
+  // Thread blocks that run at once, at most so many to a multiprocessor. A block leaves a kilobyte to the system.
+  int64_t resident(int bytes, int at_most) const {
+    return int64_t{std::clamp(shared / (bytes + 1024), 1, at_most)} * multiprocessors;
+  }
+};
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,

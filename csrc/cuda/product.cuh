@@ -72,6 +72,24 @@ __device__ __forceinline__ constexpr float fp8_factor() {
 // successive rows, which one matrix load or eight lanes read together, lies in all 32 banks.
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * kLine + ((chunk ^ (row & 7)) << 4); }
 
+// 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zeros. What no 16-byte access
+// may touch is read element by element, at once.
+template <class T>
+__device__ __forceinline__ void copy_16(char* to, const char* from, int bytes, bool aligned) {
+  if (aligned) {
+    ptx::cp_async_16(to, from, bytes);
+    return;
+  }
+  constexpr int kElements = 16 / sizeof(T);
+  T element[kElements];
+#pragma unroll
+  for (int e = 0; e < kElements; ++e)
+    element[e] = e * static_cast<int>(sizeof(T)) < bytes ? reinterpret_cast<const T*>(from)[e] : T{};
+  uint4 words;
+  memcpy(&words, element, 16);
+  *reinterpret_cast<uint4*>(to) = words;
+}
+
 // The (tile, row block) pairs that a thread block works through: an item is a chunk of the vocabulary, tile by tile,
 // for one block of rows; row blocks of one chunk are neighbours, so that all but the first find the weight in L2.
 // With `at_once` 2, an item is two successive chunks, whose tiles go side by side: `tile` is the first one's, the
@@ -101,29 +119,25 @@ struct Jobs {
   }
 };
 
-// Fills stages, running ahead of the product: a weight of elements W, hidden rows of elements T.
-template <class W, class T, int kRows>
+// Fills stages, running ahead of the product: a weight of elements W, hidden rows of elements T. `Source` says where
+// they lie, for its `Jobs`:
+//
+//   weight_row(jobs, r)   address of row r of the job's tile, row_bytes long; nullptr: zeros
+//   hidden_rows(jobs)     address of the first of the job's kRows hidden rows, x_stride bytes apart, 16-byte aligned
+//   and
+//                         padded with zeros to whole steps
+//   aligned(jobs)         whether all of the tile's rows begin at a multiple of 16 bytes
+template <class W, class T, int kRows, class Source>
 class Loader {
  public:
-  // weight [bound, D], or of those rows the list `columns` [rows]; hidden rows at `x`, 16-byte aligned and padded with
-  // zeros to whole steps, x_stride bytes apart.
-  __device__ Loader(const WeightArg& weight, const int64_t* columns, int64_t rows, int64_t bound, int64_t width,
-                    const char* x, int64_t x_stride, const Jobs& jobs)
-      : base_(static_cast<const char*>(weight.data)),
-        stride_(weight.row_stride),
-        columns_(columns),
-        rows_(rows),
-        bound_(bound),
-        row_bytes_(width * static_cast<int64_t>(sizeof(W))),
-        lines_((row_bytes_ + kLine - 1) / kLine),
-        x_(x),
-        x_stride_(x_stride),
-        aligned_((reinterpret_cast<uintptr_t>(weight.data) | static_cast<uintptr_t>(weight.row_stride)) % 16 == 0),
-        jobs_(jobs) {
+  using Jobs = typename Source::Jobs;
+
+  __device__ Loader(const Source& source, const Jobs& jobs, int64_t row_bytes, int64_t x_stride)
+      : source_(source), jobs_(jobs), row_bytes_(row_bytes), x_stride_(x_stride) {
     aim();
   }
 
-  __device__ int64_t lines() const { return lines_; }
+  __device__ int64_t lines() const { return (row_bytes_ + kLine - 1) / kLine; }
 
   // Starts the copies of the next step into `stage`, and closes a group over them; an empty one when all is done.
   __device__ void issue(char* stage) {
@@ -133,15 +147,16 @@ class Loader {
       const int bytes = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i)
-        copy(stage + chunk_at(row + i * kRowsAtOnce, chunk), source_[i], offset, source_[i] ? bytes : 0);
-      const char* x = x_ + jobs_.block * kRows * x_stride_ + line_ * kLines * kLine + chunk * 16;
+        copy_16<W>(stage + chunk_at(row + i * kRowsAtOnce, chunk), row_[i] && bytes ? row_[i] + offset : x_,
+                   row_[i] ? bytes : 0, aligned_);
+      const char* x = x_ + line_ * kLines * kLine + chunk * 16;
 #pragma unroll
       for (int line = 0; line < kLines; ++line)
 #pragma unroll
         for (int r = row; r < kRows; r += kRowsAtOnce)
           ptx::cp_async_16(stage + (kTile + line * kRows) * kLine + chunk_at(r, chunk),
                            x + r * x_stride_ + line * kLine, 16);
-      if (++line_ == lines_) {
+      if (++line_ == lines()) {
         line_ = 0;
         jobs_.next();
         aim();
@@ -153,44 +168,22 @@ class Loader {
  private:
   static constexpr int kRowsAtOnce = kThreads / 8, kPasses = kTile / kRowsAtOnce, kLines = kRowLines<W, T>;
 
-  // Finds the rows of the job's tile that this thread copies from; nullptr for none.
+  // Finds the rows of the job's tile that this thread copies from.
   __device__ void aim() {
     if (jobs_.done()) return;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int64_t position = jobs_.tile * kTile + threadIdx.x / 8 + i * kRowsAtOnce;
-      const int64_t row = position >= rows_ ? -1 : columns_ ? columns_[position] : position;
-      source_[i] = row >= 0 && row < bound_ ? base_ + row * stride_ : nullptr;
-    }
+    for (int i = 0; i < kPasses; ++i) row_[i] = source_.weight_row(jobs_, threadIdx.x / 8 + i * kRowsAtOnce);
+    x_ = source_.hidden_rows(jobs_);
+    aligned_ = source_.aligned(jobs_);
   }
 
-  // 16 bytes to shared memory, of which the first `bytes` come from `row + offset`. Rows that no 16-byte access may
-  // touch are read element by element.
-  __device__ void copy(char* to, const char* row, int64_t offset, int bytes) {
-    if (aligned_) {
-      ptx::cp_async_16(to, bytes ? row + offset : base_, bytes);
-      return;
-    }
-    constexpr int kElements = 16 / sizeof(W);
-    W element[kElements];
-#pragma unroll
-    for (int e = 0; e < kElements; ++e)
-      element[e] = e * static_cast<int>(sizeof(W)) < bytes ? reinterpret_cast<const W*>(row + offset)[e] : W{};
-    uint4 words;
-    memcpy(&words, element, 16);
-    *reinterpret_cast<uint4*>(to) = words;
-  }
-
-  const char* base_;
-  int64_t stride_;
-  const int64_t* columns_;
-  int64_t rows_, bound_, row_bytes_, lines_;
-  const char* x_;
-  int64_t x_stride_;
-  bool aligned_;
+  Source source_;
   Jobs jobs_;
+  int64_t row_bytes_, x_stride_;
+  bool aligned_ = false;
   int64_t line_ = 0;
-  const char* source_[kPasses];
+  const char* x_ = nullptr;
+  const char* row_[kPasses];
 };
 
 template <int kRows>
@@ -256,10 +249,11 @@ __device__ __forceinline__ void multiply(Accumulator<kRows>& acc, const char* st
   }
 }
 
-// Runs the thread block's jobs: epilogue(tile, block, acc) after each tile. `shared` holds kStages<kRows> stages. The
+// Runs the thread block's jobs: epilogue(job, acc) after each tile. `shared` holds kStages<kRows> stages. The
 // epilogue may use shared memory of its own: between two calls of it lies at least one barrier.
-template <class W, class T, int kRows, class Epilogue>
-__device__ __forceinline__ void product(Loader<W, T, kRows>& loader, Jobs jobs, char* shared, Epilogue epilogue) {
+template <class W, class T, int kRows, class Source, class Epilogue>
+__device__ __forceinline__ void product(Loader<W, T, kRows, Source>& loader, typename Source::Jobs jobs, char* shared,
+                                        Epilogue epilogue) {
   constexpr int kLast = kStages<kRows> - 1, kBytes = kStageBytes<kRows, kRowLines<W, T>>;
   for (int s = 0; s < kLast; ++s) loader.issue(shared + s * kBytes);
   int current = 0;
@@ -272,7 +266,7 @@ __device__ __forceinline__ void product(Loader<W, T, kRows>& loader, Jobs jobs, 
       multiply<W, T, kRows>(acc, shared + current * kBytes);
       current = current == kLast ? 0 : current + 1;
     }
-    epilogue(jobs.tile, jobs.block, acc);
+    epilogue(jobs, acc);
   }
   ptx::cp_async_wait<0>();
 }

@@ -61,6 +61,32 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// The same with each matrix turned over: lane 4 i + c receives elements 2 c, 2 c + 1 of column i of matrix m in r[m].
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Two numbers rounded to T, the first in the low half.
+template <class T>
+__device__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
+  uint32_t pair;
+  asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // d += a b, with a 16 x 16, b 16 x 8, d 16 x 8 in float32. With g = lane / 4 and t = lane % 4:
 //   a[q]  elements (g + 8 (q & 1), 2 t + 8 (q >> 1) + {0, 1})
 //   b[q]  elements (2 t + 8 q + {0, 1}, g)

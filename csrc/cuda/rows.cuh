@@ -36,28 +36,40 @@ __device__ __forceinline__ double block_sum(double value, double* scratch) {
   return sum;
 }
 
-// write(d, value) for the norm of the row of `width` elements that begins at element `at` of hidden, by the threads of
-// the block. Statistics are taken in double: D is short beside the product, and squares of large hidden values cannot
-// overflow. `scratch` [2][kWarps].
+// What a norm takes off a row, and what it multiplies it with.
+struct RowStatistics {
+  double mean, rstd;
+};
+
+// Of the row of `width` elements that begins at element `at` of hidden, by the threads of the block, for all of them.
+// Taken in double: D is short beside the product, and squares of large hidden values cannot overflow. `scratch`
+// [2][kWarps].
+__device__ __forceinline__ RowStatistics row_statistics(const void* data, DType dtype, int64_t at, int64_t width,
+                                                        Norm norm, float eps, double* scratch) {
+  const auto hidden = [&](int64_t d) { return static_cast<double>(value_at(data, dtype, at + d)); };
+  RowStatistics s{0.0, 1.0};
+  if (norm == Norm::layer) {
+    double sum = 0.0;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) sum += hidden(d);
+    s.mean = block_sum(sum, scratch) / static_cast<double>(width);
+  }
+  if (norm != Norm::none) {
+    double power = 0.0;
+    for (int64_t d = threadIdx.x; d < width; d += kThreads) power += (hidden(d) - s.mean) * (hidden(d) - s.mean);
+    power = block_sum(power, scratch + kWarps) / static_cast<double>(width);
+    s.rstd = 1.0 / sqrt(power + static_cast<double>(eps));
+  }
+  return s;
+}
+
+// write(d, value) for the norm of that row, likewise.
 template <class Write>
 __device__ __forceinline__ void normalise(const void* data, DType dtype, int64_t at, int64_t width, const NormArg& norm,
                                           double* scratch, Write write) {
-  const auto hidden = [&](int64_t d) { return static_cast<double>(value_at(data, dtype, at + d)); };
-  double mean = 0.0, rstd = 1.0;
-  if (norm.kind == Norm::layer) {
-    double sum = 0.0;
-    for (int64_t d = threadIdx.x; d < width; d += kThreads) sum += hidden(d);
-    mean = block_sum(sum, scratch) / static_cast<double>(width);
-  }
-  if (norm.kind != Norm::none) {
-    double power = 0.0;
-    for (int64_t d = threadIdx.x; d < width; d += kThreads) power += (hidden(d) - mean) * (hidden(d) - mean);
-    power = block_sum(power, scratch + kWarps) / static_cast<double>(width);
-    rstd = 1.0 / sqrt(power + static_cast<double>(norm.eps));
-  }
+  const auto [mean, rstd] = row_statistics(data, dtype, at, width, norm.kind, norm.eps, scratch);
   const VectorArg weight = norm.weight, bias = norm.bias;
   for (int64_t d = threadIdx.x; d < width; d += kThreads) {
-    double value = (hidden(d) - mean) * rstd;
+    double value = (static_cast<double>(value_at(data, dtype, at + d)) - mean) * rstd;
     if (weight.data) value *= static_cast<double>(value_at(weight.data, weight.dtype, d * weight.stride));
     if (bias.data) value += static_cast<double>(value_at(bias.data, bias.dtype, d * bias.stride));
     write(d, static_cast<float>(value));

@@ -2,8 +2,23 @@
 CUDA kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 """
 from __future__ import annotations
+import collections.abc
 import typing
-__all__: list[str] = ['built_archs', 'compact', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'expand', 'runtime_version', 'saturation', 'small_head', 'small_head_workspace', 'takes_float8', 'version']
+__all__: list[str] = ['KvFill', 'built_archs', 'compact', 'compute_capability', 'device_count', 'exit_stats', 'exit_stats_workspace', 'expand', 'largest_head', 'ragged_attention', 'ragged_attention_workspace', 'runtime_version', 'saturation', 'small_head', 'small_head_workspace', 'takes_float8', 'version']
+class KvFill:
+    """
+    kv_fill for one stack; see exeunt.ops.kv_fill.
+    """
+    def __init__(self, width: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, head_size: typing.SupportsInt | typing.SupportsIndex, dtype: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, eps: typing.SupportsFloat | typing.SupportsIndex, key_norm: typing.SupportsInt | typing.SupportsIndex, key_eps: typing.SupportsFloat | typing.SupportsIndex, shift: typing.SupportsFloat | typing.SupportsIndex, interleaved: bool, layers: typing.SupportsInt | typing.SupportsIndex, table: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def fill(self, hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], places: typing.SupportsInt | typing.SupportsIndex, tables: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], tables_dtype: typing.SupportsInt | typing.SupportsIndex, rotary: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Write the rows' keys and values.
+        """
+    def workspace(self, rows: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Bytes of workspace for that many rows.
+        """
 def built_archs() -> str:
     """
     Architectures that this module holds kernels for, as CMake names them.
@@ -32,6 +47,14 @@ def expand(rows: typing.SupportsInt | typing.SupportsIndex, count: typing.Suppor
     """
     Rows back in their places; see exeunt.ops.expand.
     """
+def ragged_attention(q: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], keys: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], values: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], dtype: typing.SupportsInt | typing.SupportsIndex, shape: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(7)"], q_indptr: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, kv_len: typing.SupportsInt | typing.SupportsIndex, kv_start: typing.SupportsInt | typing.SupportsIndex, positions: typing.SupportsInt | typing.SupportsIndex, entries: typing.SupportsInt | typing.SupportsIndex, count: typing.SupportsInt | typing.SupportsIndex, count_64: bool, causal: bool, window: typing.SupportsInt | typing.SupportsIndex, softcap: typing.SupportsFloat | typing.SupportsIndex, scale: typing.SupportsFloat | typing.SupportsIndex, alibi: typing.SupportsInt | typing.SupportsIndex, bias: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], bias_dtype: typing.SupportsInt | typing.SupportsIndex, bias_keys: typing.SupportsInt | typing.SupportsIndex, pages: tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex], page_rows: typing.SupportsInt | typing.SupportsIndex, page_columns: typing.SupportsInt | typing.SupportsIndex, out: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, device: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex) -> None:
+    """
+    Attention over ragged rows; see exeunt.ops.ragged_attention.
+    """
+def ragged_attention_workspace(tokens: typing.SupportsInt | typing.SupportsIndex, heads: typing.SupportsInt | typing.SupportsIndex, kv_heads: typing.SupportsInt | typing.SupportsIndex, entries: typing.SupportsInt | typing.SupportsIndex, room: typing.SupportsInt | typing.SupportsIndex, value_size: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Bytes of workspace that ragged_attention needs.
+    """
 def runtime_version() -> int:
     """
     CUDA runtime this module was built with.
@@ -48,5 +71,6 @@ def small_head_workspace(dtype: typing.SupportsInt | typing.SupportsIndex, rows:
     """
     Bytes of workspace that small_head needs.
     """
+largest_head: int = 256
 takes_float8: bool = True
 version: str = '0.1.0'

@@ -30,17 +30,27 @@ Lanes<float> emulated_mma(const Lanes<uint32_t>& a, const Lanes<uint32_t>& b, La
 }
 
 // `shared` bytes, of which lane l passes the address `offsets[l]`.
-inline Lanes<uint32_t> emulated_ldmatrix(const std::string& shared, const std::vector<int>& offsets) {
+template <bool kTurned>
+Lanes<uint32_t> emulated_ldmatrix(const std::string& shared, const std::vector<int>& offsets) {
   Lanes<uint32_t> r(32);
   emu::launch(dim3(1), dim3(32), shared.size(), [&] {
     const unsigned lane = threadIdx.x;
     if (lane == 0) std::memcpy(cuda::ptx::dynamic_shared(), shared.data(), shared.size());
     __syncthreads();
     uint32_t words[4];
-    cuda::ptx::ldmatrix_x4(words, cuda::ptx::dynamic_shared() + offsets[lane]);
+    const char* row = cuda::ptx::dynamic_shared() + offsets[lane];
+    if constexpr (kTurned)
+      cuda::ptx::ldmatrix_x4_trans(words, row);
+    else
+      cuda::ptx::ldmatrix_x4(words, row);
     r[lane].assign(words, words + 4);
   });
   return r;
+}
+
+template <class T>
+uint32_t emulated_pack(float low, float high) {
+  return cuda::ptx::pack<T>(low, high);
 }
 
 // 16 bytes of shared memory before the wait and after it.
@@ -108,9 +118,13 @@ void bind_wgmma(pybind11::module_& m) {
 inline void bind_emulation(pybind11::module_& m) {
   m.def("set_schedule", [](unsigned seed) { emu::schedule = seed; });
   m.def("set_capability", [](int capability) { emu::capability = capability; });
+  m.def("fail_next_launch", [](int error) { emu::launch_error = error; });
   m.def("mma_bf16", &emulated_mma<BFloat16>);
   m.def("mma_f16", &emulated_mma<Float16>);
-  m.def("ldmatrix_x4", &emulated_ldmatrix);
+  m.def("ldmatrix_x4", &emulated_ldmatrix<false>);
+  m.def("ldmatrix_x4_trans", &emulated_ldmatrix<true>);
+  m.def("pack_bf16", &emulated_pack<BFloat16>);
+  m.def("pack_f16", &emulated_pack<Float16>);
   m.def("cp_async_16", &emulated_cp_async);
   bind_wgmma<8>(m);
   bind_wgmma<16>(m);

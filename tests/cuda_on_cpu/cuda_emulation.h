@@ -368,8 +368,20 @@ inline T __shfl_down_sync(uint32_t mask, T value, unsigned lanes) {
 }
 
 template <class T>
-inline T __shfl_sync(uint32_t mask, T value, int lane) {
-  return emu_shuffle("__shfl_sync", mask, value, [lane](int) { return lane & 31; });
+inline T __shfl_sync(uint32_t mask, T value, int lane) {  // each lane names its own source
+  struct In {
+    T value;
+    int lane;
+  } mine{value, lane & 31};
+  T result{};
+  emu::warp_op("__shfl_sync", mask, mine, result, [mask](const In* const* in, T* const* out) {
+    for (int l = 0; l < 32; ++l) {
+      if (!(mask >> l & 1)) continue;
+      if (!(mask >> in[l]->lane & 1)) throw emu::Error("__shfl_sync: the source lane is not in the mask");
+      *out[l] = in[in[l]->lane]->value;
+    }
+  });
+  return result;
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) {

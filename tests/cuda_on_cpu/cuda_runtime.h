@@ -5,8 +5,9 @@
 #include "cuda_emulation.h"
 
 namespace emu {
-inline int capability = 80;  // of the device: 80 or 90, whose kernels then run
-}
+inline int capability = 80;   // of the device: 80 or 90, whose kernels then run
+inline int launch_error = 0;  // what the next launch says instead of running
+}  // namespace emu
 
 #define CUDART_VERSION 13000
 
@@ -39,7 +40,11 @@ inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSucce
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess                       ? "no error"
+         : error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+                                                    : "an error";
+}
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const bool hopper = emu::capability == 90;
@@ -68,6 +73,7 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** ent
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  if (emu::launch_error) return static_cast<cudaError_t>(std::exchange(emu::launch_error, 0));
   emu::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
   return cudaSuccess;
 }

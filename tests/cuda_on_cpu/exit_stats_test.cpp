@@ -11,6 +11,7 @@
 
 #include "core/params.h"
 #include "cuda_runtime.h"
+#include "random_values.h"
 
 using namespace exeunt;
 
@@ -22,22 +23,6 @@ void expect(bool ok, const std::string& what) {
   if (ok) return;
   std::printf("FAILED: %s\n", what.c_str());
   ++failures;
-}
-
-template <class T>
-std::vector<T> random_values(int64_t count, float scale, std::mt19937& random) {
-  std::normal_distribution<float> normal;
-  std::vector<T> values(count);
-  for (T& value : values) {
-    const float v = scale * normal(random);
-    if constexpr (sizeof(T) == 4)
-      value = v;
-    else if constexpr (std::is_same_v<T, BFloat16>)
-      value = to_bfloat16(v);
-    else
-      value = to_float16(v);
-  }
-  return values;
 }
 
 // n rows, of which all but the last are live, against a head [v, d] whose rows lie `stride` elements apart.

@@ -64,10 +64,12 @@ inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return half(0) | half(16);
 }
 
+struct Words {
+  uint32_t word[4];
+};
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  struct Words {
-    uint32_t word[4];
-  } mine, result;
+  Words mine, result;
   check_shared("ldmatrix", row);
   std::memcpy(mine.word, row, 16);
   emu::warp_op("ldmatrix.x4", ~0u, mine, result, [](const Words* const* in, Words* const* out) {
@@ -75,6 +77,35 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
       for (int matrix = 0; matrix < 4; ++matrix) out[lane]->word[matrix] = in[8 * matrix + lane / 4]->word[lane % 4];
   });
   std::memcpy(r, result.word, 16);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  Words mine, result;
+  check_shared("ldmatrix", row);
+  std::memcpy(mine.word, row, 16);
+  emu::warp_op("ldmatrix.x4.trans", ~0u, mine, result, [](const Words* const* in, Words* const* out) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const auto element = [&](int row_of_matrix) {
+          uint16_t halves[8];
+          std::memcpy(halves, in[8 * matrix + row_of_matrix]->word, 16);
+          return static_cast<uint32_t>(halves[lane / 4]);
+        };
+        out[lane]->word[matrix] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+      }
+  });
+  std::memcpy(r, result.word, 16);
+}
+
+template <class T>
+inline uint32_t pack(float low, float high) {
+  const auto bits = [](float value) {
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return static_cast<uint32_t>(to_bfloat16(value).bits);
+    else
+      return static_cast<uint32_t>(to_float16(value).bits);
+  };
+  return bits(low) | bits(high) << 16;
 }
 
 template <class T>

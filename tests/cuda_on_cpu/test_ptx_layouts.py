@@ -54,8 +54,10 @@ ASSEMBLY = assembly()
 
 
 def test_every_string_is_interpreted_here_and_stands_in_two_files():
-    copies = {"cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "tma_load"}
-    products = {f"mma<{t}>" for t in KINDS} | {f"wgmma<{t}, {n}>" for t in KINDS for n in WGMMA_ROWS}
+    copies = {"cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "ldmatrix_x4_trans", "tma_load"}
+    products = {f"{name}<{t}>" for t in KINDS for name in ("mma", "pack")} | {
+        f"wgmma<{t}, {n}>" for t in KINDS for n in WGMMA_ROWS
+    }
     handled = {*PLAIN, *copies, *products}
     assert set(ASSEMBLY) == handled
     others = [f for f in CUDA.rglob("*") if f.name not in FILES and re.search(r"\basm\b", f.read_text())]
@@ -136,18 +138,31 @@ def test_mma(wrapper, kind):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_ldmatrix():
-    match = re.fullmatch(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \{(.*)\}, \[row\]", ASSEMBLY["ldmatrix_x4"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_ldmatrix(turned):
+    wrapper, trans = ("ldmatrix_x4_trans", r"\.trans") if turned else ("ldmatrix_x4", "")
+    pattern = rf"ldmatrix\.sync\.aligned\.m8n8\.x4{trans}\.shared\.b16 \{{(.*)\}}, \[row\]"
+    match = re.fullmatch(pattern, ASSEMBLY[wrapper])
     assert [o.strip() for o in match[1].split(",")] == [f"r[{i}]" for i in range(4)]
     rng = np.random.default_rng(0)
     shared = rng.integers(0, 256, 2048, dtype=np.uint8)
     offsets = 16 * rng.permutation(128)[:32]
     rows = np.stack([shared[o : o + 16].view(np.uint16) for o in offsets]).reshape(4, 8, 8)  # lanes 8 m + i bring row i
-    got = np.array(emu.ldmatrix_x4(shared.tobytes(), offsets.tolist()))
+    if turned:
+        rows = rows.transpose(0, 2, 1)
+    got = np.array(getattr(emu, wrapper)(shared.tobytes(), offsets.tolist()))
     for lane in LANES:
         for matrix in range(4):
             low, high = rows[matrix, lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2].astype(np.uint32)
             assert got[lane, matrix] == low | high << 16
+
+
+@pytest.mark.parametrize("wrapper,kind", [("pack<BFloat16>", "bf16"), ("pack<Float16>", "f16")])
+def test_pack(wrapper, kind):
+    # cvt.rn.{bf16x2|f16x2}.f32 d, a, b: the upper half is a's, the lower b's
+    assert ASSEMBLY[wrapper] == f"cvt.rn.{kind}x2.f32 pair, high, low"
+    pair = getattr(emu, f"pack_{kind}")(1.0, -2.0)
+    assert widen(np.array([pair & 0xFFFF, pair >> 16]), kind).tolist() == [1.0, -2.0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 16])

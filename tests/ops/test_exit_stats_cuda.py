@@ -138,3 +138,43 @@ def test_errors_of_the_other_ops_name_them(emulated, monkeypatch):
     monkeypatch.setattr(_backend.cpu, "small_head", lambda *args: small_head(*args[:-2], x.data_ptr(), 7, 0))
     with pytest.raises(RuntimeError, match=r"small_head: hidden \[3, 40\], weight \[2, 40\], on cuda:7: .+"):
         ops.small_head(x, torch.zeros(2, 40))
+
+
+NO_KERNEL_IMAGE = 209
+
+
+@pytest.mark.parametrize("op", ["exit_stats", "small_head", "saturation", "compact", "expand", "kv_fill"])
+def test_a_device_without_kernels_is_told_which_ones_there_are(emulated, op):
+    x, mask = torch.ones(3, 40), torch.ones(3, dtype=torch.bool)
+    every = torch.arange(3)
+    weight = torch.ones(1, 4, 40)
+    stack = ops.KVStack([ops.KVLayer(weight, weight)])
+    cache = ops.KVCache([torch.zeros(3, 1, 1, 4)], [torch.zeros(3, 1, 1, 4)])
+    calls = {
+        "exit_stats": lambda: ops.exit_stats(x, x),
+        "small_head": lambda: ops.small_head(x, x),
+        "saturation": lambda: ops.saturation(x, x),
+        "compact": lambda: ops.compact(mask),
+        "expand": lambda: ops.expand(every, torch.tensor(3), x, x),
+        "kv_fill": lambda: ops.kv_fill(x, every * 0, every, every * 0, stack, cache),
+    }
+    emulated.fail_next_launch(NO_KERNEL_IMAGE)
+    with pytest.raises(
+        RuntimeError, match=rf"^{op}: .*3.*, on cuda:0: no kernel image .*; this build has kernels for 80 90a"
+    ):
+        calls[op]()
+    emulated.fail_next_launch(1)
+    with pytest.raises(RuntimeError, match=rf"^{op}: .*3.*, on cuda:0: an error$"):
+        calls[op]()
+    calls[op]()
+
+
+def test_a_kernel_gets_the_current_stream_of_its_own_device(monkeypatch):
+    asked = []
+
+    class Stream:
+        cuda_stream = 77
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (asked.append(device), Stream())[1])
+    assert _backend.place(torch.device("cuda", 3)) == (3, 77)
+    assert asked == [torch.device("cuda", 3)]

@@ -59,6 +59,11 @@ def kv_fill(
 
     Notes
     -----
+    A paged cache [P, Hkv, page, Dh] is one of P rows: ``rows`` names pages, ``slots`` places in them.
+
+    On CUDA nothing waits for the device, so a captured graph follows first layers and places; ones that lie outside
+    cannot be refused then, and such rows are left out.
+
     The normalised row is rounded once to the dtype of the weights, everything after it is float32 and rounded once
     more on its way into the cache. A row's result has the same bits in any batch and with any number of threads. After
     CALM's state propagation (Schuster et al. 2022, section 3.2).
@@ -84,20 +89,23 @@ def kv_fill(
         return
     addresses, code, held = _addresses(pairs)
     index = [t if t.is_contiguous() else t.contiguous() for t in (from_layer, rows, slots)]
-    threads = torch.get_num_threads()
-    need = kernel.workspace(count, threads) + 63
-    spaces = stack.spaces
-    space = spaces.pop() if spaces else torch.empty(need, dtype=torch.uint8)
-    if len(space) < need:
-        space = torch.empty(need, dtype=torch.uint8)
+    place = _backend.place(hidden.device)
+    if hidden.is_cuda:
+        space = torch.empty(kernel.workspace(count), dtype=torch.uint8, device=hidden.device)
+    else:
+        need, spaces = kernel.workspace(count, *place) + 63, stack.spaces
+        space = spaces.pop() if spaces else torch.empty(need, dtype=torch.uint8)
+        if len(space) < need:
+            space = torch.empty(need, dtype=torch.uint8)
     places, capacities = cache.addresses
     kernel.fill(
         hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0),
         (index[0].data_ptr(), index[1].data_ptr(), index[2].data_ptr(), count, until, cache.batch, capacities),
-        places, addresses, code, size, (space.data_ptr() + 63) & ~63, threads,
+        places, addresses, code, size, (space.data_ptr() + 63) & ~63, *place,
     )  # fmt: skip
-    spaces.append(space)
-    del held  # copies of tables, which the kernel has read now
+    if not hidden.is_cuda:
+        stack.spaces.append(space)
+    del held  # copies of tables, which the kernel has read now, or will have before their memory is used again
 
 
 def _refer(
@@ -155,6 +163,8 @@ def _rotary_by_layer(
             continue
         size = size or (pair[0].shape[-1] if pair[0].dim() else 0)
         for name, t in zip(("cos", "sin"), pair, strict=True):
+            if t.device != stack.device:
+                raise ValueError(f"kv_fill: {name} must be on {stack.device} like the stack, got {t.device}")
             if t.shape != (count, size) or not 0 < size <= stack.head_size or size % 2:
                 raise ValueError(
                     f"kv_fill: {name} must have shape [{count}, R] with one even R up to {stack.head_size}, "
@@ -183,6 +193,8 @@ def _check(
     for name, t in (("from_layer", from_layer), ("rows", rows), ("slots", slots)):
         if t.shape != (count,) or t.dtype != torch.int64:
             raise ValueError(f"kv_fill: {name} must be [{count}] int64, got {[*t.shape]} {t.dtype}")
+        if t.device != stack.device:
+            raise ValueError(f"kv_fill: {name} must be on {stack.device} like the stack, got {t.device}")
     if cache.kind != stack.kind:
         raise ValueError(
             f"kv_fill: expected a cache that fits {stack} on {stack.device}, got {cache} on {cache.device}"

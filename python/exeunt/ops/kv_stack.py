@@ -145,22 +145,23 @@ class KVStack:
 
     @cached_property
     def table(self) -> Tensor:
-        """[L, 14] int64: a ``KvLayer`` of csrc/core/params.h a row."""
-        return torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64)
+        """[L, 14] int64 on the stack's device: a ``KvLayer`` of csrc/core/params.h a row."""
+        return torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64, device=self.device)
 
     @cached_property
     def kernel(self) -> Any:
-        """``_cpu.KvFill`` over the table; None where this build has no kernel for the stack's device."""
-        if _backend.cpu is None or self.device.type != "cpu":
+        """``KvFill`` of the device's module, over the table; None where this build has no kernel for that device."""
+        kernels = _backend.kernels(self.device)
+        if kernels is None:
             return None
-        return _backend.cpu.KvFill(
+        return kernels.KvFill(
             self.width, self.heads, self.head_size, DTYPES[self.dtype], NORMS[self.norm], self.eps,
             NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, len(self), self.table.data_ptr(),
         )  # fmt: skip
 
     @cached_property
     def spaces(self) -> list[Tensor]:
-        """Workspaces that no call is using: memory that is kept needs no fresh pages."""
+        """Workspaces on the CPU that no call is using: memory that is kept needs no fresh pages."""
         return []
 
 
@@ -182,7 +183,8 @@ def _fields(layer: KVLayer) -> list[int]:
 class KVCache:
     """Where the keys and values of all layers go, for :func:`exeunt.ops.kv_fill`: a table of their addresses.
 
-    Make another when a tensor of the cache is replaced by a larger one.
+    Make another when a tensor of the cache is replaced by a larger one. On CUDA the table is copied to the device: make
+    it before a graph is captured, not within.
 
     Parameters
     ----------
@@ -230,9 +232,9 @@ class KVCache:
             self.capacities.append(min(t.shape[2] for t in pair))
             fields.append([t.data_ptr() for t in pair] + [s for t in pair for s in t.stride()[:3]])
         self.keys, self.values = tuple(keys), tuple(values)
-        #: [L, 8] int64: a ``KvPlace`` of csrc/core/params.h a row.
-        self.table = torch.tensor(fields, dtype=torch.int64)
-        self._slots = torch.tensor(self.capacities, dtype=torch.int64)
+        #: [L, 8] int64 on the cache's device: a ``KvPlace`` of csrc/core/params.h a row.
+        self.table = torch.tensor(fields, dtype=torch.int64, device=self.device)
+        self._slots = torch.tensor(self.capacities, dtype=torch.int64, device=self.device)
         #: Layers, heads, head size, dtype and device: what a stack must have in common with its cache.
         self.kind = len(fields), self.heads, self.head_size, self.dtype, self.device
         #: Addresses of the table and of the capacities.

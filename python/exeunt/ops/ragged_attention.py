@@ -98,6 +98,10 @@ def ragged_attention(
     2023), in chunks counted from ``kv_start`` and merged in order: an entry has the same bits in any batch, at any
     left padding, with any number of threads. Sums are float32.
 
+    On CUDA lists are read on the device, so that a captured graph follows them, and nobody can refuse what they say:
+    an entry that names a row, keys or a page that are not there becomes NaN, everything if ``q_indptr`` does not rise
+    from 0 to T; ``count`` is cut to 0..R. Heads wider than 256 are left to plain torch there.
+
     Examples
     --------
     >>> import torch, exeunt
@@ -117,38 +121,44 @@ def ragged_attention(
 def _forward(*args: Any) -> Tensor:
     """The op for every device."""
     _check(*args)
-    if args[0].is_cpu and _backend.cpu is not None:
-        return _kernel(*args)
-    return _fallback(*args)
+    kernels = _backend.kernels(args[0].device)
+    if kernels is None:
+        return _fallback("ragged_attention", *args)
+    if args[0].is_cuda and max(args[0].shape[2], args[2].shape[3]) > kernels.largest_head:
+        return _fallback(f"ragged_attention with heads of more than {kernels.largest_head}", *args)
+    return _kernel(kernels, *args)
 
 
 def _kernel(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, q_indptr: Tensor, rows: Tensor, kv_len: Tensor,
+    kernels: Any, q: Tensor, k_cache: Tensor, v_cache: Tensor, q_indptr: Tensor, rows: Tensor, kv_len: Tensor,
     kv_start: Tensor | None, positions: Tensor | None, causal: bool, window: int | None, softcap: float | None,
     scale: float | None, alibi: Tensor | None, bias: Tensor | None, pages: Tensor | None, count: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The CPU kernel, which checks what the lists say before it writes anything."""
+    """A kernel. The CPU's checks what the lists say before it writes anything; on CUDA entries whose lists name what is
+    not there become NaN."""
     (tokens, heads, size), (held, kv_heads, slots, value_size) = q.shape, v_cache.shape
-    out = torch.empty((tokens, heads, value_size), dtype=q.dtype)
+    out = torch.empty((tokens, heads, value_size), dtype=q.dtype, device=q.device)
     q_indptr, rows, kv_len = _list(q_indptr), _list(rows), _list(kv_len)  # type: ignore[assignment]
     kv_start, positions = _list(kv_start), _list(positions)
     alibi = None if alibi is None else alibi.contiguous()
-    entries, threads, cpu = rows.shape[0], torch.get_num_threads(), _backend.cpu
-    assert cpu is not None
+    entries, place = rows.shape[0], _backend.place(q.device)
     room = slots if pages is None else slots * pages.shape[1]
-    need = cpu.ragged_attention_workspace(tokens, heads, room, size, value_size, threads)
-    space = torch.empty(need + 63, dtype=torch.uint8)
-    cpu.ragged_attention(
+    if q.is_cpu:
+        need = kernels.ragged_attention_workspace(tokens, heads, room, size, value_size, *place)
+    else:
+        need = kernels.ragged_attention_workspace(tokens, heads, kv_heads, entries, room, value_size)
+    space = torch.empty(need + 63, dtype=torch.uint8, device=q.device)
+    kernels.ragged_attention(
         (q.data_ptr(), *q.stride()), (k_cache.data_ptr(), *k_cache.stride()[:3]),
         (v_cache.data_ptr(), *v_cache.stride()[:3]), _backend.DTYPES[q.dtype],
         (tokens, heads, kv_heads, size, value_size, held, slots), q_indptr.data_ptr(), rows.data_ptr(),
         kv_len.data_ptr(), _backend.pointer(kv_start), _backend.pointer(positions), entries,
-        entries if count is None else int(count), causal, window or 0, softcap or 0.0,
-        size**-0.5 if scale is None else scale, _backend.pointer(alibi),
+        _backend.pointer(count), count is not None and count.dtype == torch.int64, causal, window or 0,
+        softcap or 0.0, size**-0.5 if scale is None else scale, _backend.pointer(alibi),
         (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()),
         0 if bias is None else _backend.DTYPES[bias.dtype], -1 if bias is None else bias.shape[2],
         (0, 0, 0, 0) if pages is None else (pages.data_ptr(), *pages.stride(), 0),
-        *((0, -1) if pages is None else pages.shape), out.data_ptr(), (space.data_ptr() + 63) & ~63, threads,
+        *((0, -1) if pages is None else pages.shape), out.data_ptr(), (space.data_ptr() + 63) & ~63, *place,
     )  # fmt: skip
     return out
 
@@ -158,13 +168,13 @@ def _list(t: Tensor | None) -> Tensor | None:
     return t if t is None or (t.dtype == torch.int64 and t.is_contiguous()) else t.long().contiguous()
 
 
-def _fallback(*args: Any) -> Tensor:
+def _fallback(what: str, *args: Any) -> Tensor:
     """The reference, where there is no kernel."""
     from exeunt import reference
 
     if args[0].is_cpu:
         _check_lists(args[0], *args[1:8], *args[13:])
-    _backend.warn_fallback("ragged_attention", args[0].device)
+    _backend.warn_fallback(what, args[0].device)
     names = ("kv_start", "positions", "causal", "window", "softcap", "scale", "alibi", "bias", "pages", "count")
     return reference.ragged_attention(*args[:6], **dict(zip(names, args[6:], strict=True)))
 
