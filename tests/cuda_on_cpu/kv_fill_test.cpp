@@ -68,22 +68,23 @@ void matches_a_plain_loop(DType dtype, const Case& c) {
   };
   std::vector<KvLayer> layers(kLayers);
   for (KvLayer& l : layers) {
-    const int64_t rows = c.heads * c.size, row = stride * element_bytes(dtype);
+    const int64_t rows = c.heads * c.size, bytes = stride * element_bytes(dtype);
     l = {made(c.width, 1.0f), nullptr, made((rows - 1) * stride + c.width, spread),
-         c.size * row,        row,     made((rows - 1) * stride + c.width, spread),
-         c.size * row,        row,     made(rows, 0.1f),
+         c.size * bytes,      bytes,   made((rows - 1) * stride + c.width, spread),
+         c.size * bytes,      bytes,   made(rows, 0.1f),
          made(rows, 0.1f),    c.size,  c.size,
          made(c.size, 1.0f),  0};
   }
-  // A cache per layer, keys and values [B, Hkv, S, Dh].
-  const int64_t cells = kBatch * c.heads * slots * c.size;
+  // A cache per layer, keys and values [B, Hkv, S, Dh], in memory that goes on by a slot before it and behind it by a
+  // row and by a slot each: what is written there was not checked.
+  const int64_t head = (slots + 1) * c.size, row = c.heads * head, cells = c.size + (kBatch + 1) * row;
   std::vector<std::vector<T>> cache(2 * kLayers, random_values<T>(cells, 0.0f, random));
   std::vector<KvPlace> places;
   for (auto& tensor : cache)
     for (T& cell : tensor) store_at(&cell, dtype, 0, kUntouched);
   for (int64_t l = 0; l < kLayers; ++l)
-    places.push_back({cache[2 * l].data(), cache[2 * l + 1].data(), c.heads * slots * c.size, slots * c.size, c.size,
-                      c.heads * slots * c.size, slots * c.size, c.size});
+    places.push_back(
+        {cache[2 * l].data() + c.size, cache[2 * l + 1].data() + c.size, row, head, c.size, row, head, c.size});
   const std::vector<int64_t> capacities(kLayers, slots);
   std::vector<int64_t> from(c.rows), rows(c.rows), at(c.rows);
   for (int64_t n = 0; n < c.rows; ++n) {
@@ -91,7 +92,7 @@ void matches_a_plain_loop(DType dtype, const Case& c) {
     rows[n] = n % kBatch;
     at[n] = n % 5 == 3 ? -1 : n / kBatch;
   }
-  if (c.rows > 5) from[4] = -1, rows[5] = kBatch, at[2] = slots;  // outside: left out
+  if (c.rows > 5) from[4] = -1, rows[5] = kBatch, at[1] = slots;  // outside: left out
   const KvRotary rotary{tables.data(), tables.data() + c.rows * c.rotary};
   KvFillParams p{};
   p.hidden = hidden.data();
@@ -137,7 +138,7 @@ void matches_a_plain_loop(DType dtype, const Case& c) {
       for (int64_t i = 0; i < c.width; ++i)
         x[i] = rounded_to(dtype, static_cast<float>(x[i] * (1.0 + value_at(layers[l].norm_weight, dtype, i))));
       for (int64_t h = 0; h < c.heads; ++h) {
-        const int64_t first = h * c.size, to = ((rows[n] * c.heads + h) * slots + at[n]) * c.size;
+        const int64_t first = h * c.size, to = c.size + rows[n] * row + h * head + at[n] * c.size;
         const auto part = [&](const void* weight, const void* bias) {
           return projected(c, x, static_cast<const T*>(weight) + first * stride, static_cast<const T*>(bias) + first,
                            stride);
