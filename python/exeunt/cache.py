@@ -246,6 +246,17 @@ class ExitCacheLayer(DynamicLayer):
         assert self._keys is not None and self._values is not None
         return self._keys, self._values
 
+    def lies_in(self, keys: Tensor) -> bool:
+        """Whether these are the tensors that the layer writes to, by the address of its keys."""
+        return self._own and self._keys is not None and self._keys.data_ptr() == keys.data_ptr()
+
+    def move_into(self, keys: Tensor, values: Tensor) -> None:
+        """Go on in these tensors [B, Hkv, capacity, Dh]; nobody else may write to them."""
+        for held, new in zip(self.storage, (keys, values), strict=True):
+            _put(held.narrow(2, 0, min(held.shape[2], self.length)), new)
+        self._keys, self._values, self._own = keys, values, True
+        self._moved()
+
     # ---- storage
 
     def _visible(self, held: Tensor | None) -> Tensor | None:
@@ -298,14 +309,19 @@ class ExitCacheLayer(DynamicLayer):
 
     def _copied(self, held: Tensor | None, rows: Tensor | None, capacity: int) -> Tensor:
         assert held is not None
-        filled = min(held.shape[2], self.length)
-        part = held.narrow(2, 0, filled)
+        part = held.narrow(2, 0, min(held.shape[2], self.length))
         if rows is not None:
             part = part.index_select(0, rows)
         new = held.new_empty(part.shape[0], held.shape[1], capacity, held.shape[3])
-        new.narrow(2, 0, filled).copy_(part)
-        new.narrow(2, filled, capacity - filled).zero_()
+        _put(part, new)
         return new
+
+
+def _put(held: Tensor, new: Tensor) -> None:
+    """Copy the tokens of [B, Hkv, n, Dh] to a tensor with room for more, zero behind them."""
+    filled = held.shape[2]
+    new.narrow(2, 0, filled).copy_(held)
+    new.narrow(2, filled, new.shape[2] - filled).zero_()
 
 
 def _expect(what: str, new: Tensor, held: Tensor, shape: torch.Size) -> None:

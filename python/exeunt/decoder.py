@@ -33,6 +33,7 @@ from exeunt.calibration import Calibration
 from exeunt.deferred import Deferred
 from exeunt.exit_points import ExitPoints
 from exeunt.fill import fill_in
+from exeunt.graphs import Graphs
 from exeunt.models import (
     CACHE_KEYWORD,
     KeyValues,
@@ -120,6 +121,7 @@ class Attached(Plug):
             )
         self._points = ExitPoints(self.structure, recipe)
         self._weights = KeyValueWeights.find(self.structure)
+        self._graphs = Graphs.of(self.structure, recipe)
         self._local = _UnderWay()
         self.reset_report()
         self._put_on()
@@ -242,6 +244,8 @@ class Attached(Plug):
         if state.deferred is not None:
             state.deferred.begin(step.rows, step.apart)
             step.first = hidden if self._again else None
+        if self._graphs is not None and self._graphs.begin(step):
+            step.calls = []
         local.step = step
         return step
 
@@ -280,7 +284,13 @@ class Attached(Plug):
             if self._evicts:
                 kwargs = self._without_evicted(i, hidden.shape[1], kwargs)
             if step is None:
-                return stock(hidden, **kwargs)
+                out = stock(hidden, **kwargs)
+                if self._graphs is not None:
+                    self._graphs.prompt(out)
+                return out
+            if step.calls is not None:
+                step.calls.append(LayerCall(stock, hidden, kwargs, step.take, step.seen))
+                return self._graphs.like(hidden if i + 1 < segment_end else self._segment(i, step))
             if step.running and i in step.state.pending:
                 self._settle(step.cache, i, segment_end)
             deferred = step.state.deferred
@@ -325,6 +335,32 @@ class Attached(Plug):
             step.rest = spread(rest, rows, step.batch, step.rest)
         if step.left is not None:
             self._state.skip(layer, i, call, step)
+        return after
+
+    def _segment(self, last: int, step: Step) -> Tensor:
+        """The layers up to ``last`` that a step has noted, run in one graph; what the model goes on with."""
+        calls, step.calls = step.calls or [], []
+        first, graphs = last + 1 - len(calls), self._graphs
+        before = after = calls[0].hidden
+        if step.running:
+            if any(i in step.state.pending for i in range(first, last + 1)):
+                self._settle(step.cache, first, last + 1)
+            done = graphs.run(first, calls, step) if graphs is not None else None
+            if done is None:
+                step.calls = None  # the rest of the step runs as it does without graphs
+                for i, call in enumerate(calls, first):
+                    call.hidden = before = after
+                    after = self._ragged(i, call, step)
+            else:
+                before, after = done
+        if step.left is not None and step.calls is not None:
+            for i, call in enumerate(calls, first):
+                self._state.skip(step.cache.layers[i], i, call, step)
+        if step.running:
+            self._report.layer_rows += step.running * len(calls)
+            if last in self._points.heads:
+                self._points.check(last, step, before, after)
+        step.hidden = after
         return after
 
     def _without_evicted(self, i: int, new: int, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class Report:
     attention : Counter of str
         Calls of attention by what served them, where the model's attention is exeunt's
         (:func:`exeunt.register_attention`): ``ragged_attention``, or ``torch: `` and why.
+    graphs : Counter of str
+        Segments of decoding steps by what became of them where the device has graphs (CUDA): recorded, replayed, run
+        before they are recorded; and steps that ran without, with the reason.
     checks : int
         How many of them were exit checks.
     exit_layers : list of Tensor
@@ -83,6 +86,7 @@ class Report:
     head_reads: int = 0
     checks: int = 0
     attention: Counter[str] = field(default_factory=Counter)
+    graphs: Counter[str] = field(default_factory=Counter)
     exit_layers: list[Tensor] = field(default_factory=list)
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
@@ -120,6 +124,7 @@ class Report:
         )
         for what, count in sorted(self.attention.items()):
             lines.append(f"  attention    {count} calls by {what}")
+        lines += [f"  graphs       {count} {what}" for what, count in sorted(self.graphs.items())]
         lines.append(
             f"  wall time    {self.step_seconds:.3f} s in decoding steps, {self.forward_seconds:.3f} s in "
             f"{self.full_forwards} forwards at full depth (prompts and the like)"

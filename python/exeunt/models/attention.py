@@ -18,6 +18,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from exeunt import ops, reference
 
-__all__ = ["NAME", "attend_apart", "counting", "is_ranges", "register_attention", "spelled_out"]
+__all__ = ["NAME", "attend_apart", "counted", "counting", "is_ranges", "register_attention", "spelled_out"]
 
 NAME = "exeunt"
 FEW = 16  # queries of a row: beyond it torch's flash attention has products of full height
@@ -44,6 +46,16 @@ _counting = _Counting()
 def counting(counter: Counter[str] | None) -> None:
     """Count this thread's calls, by what served them, in ``counter`` from now on; None: nowhere."""
     _counting.here = counter
+
+
+@contextmanager
+def counted(counter: Counter[str]) -> Iterator[None]:
+    """Count this thread's calls in ``counter`` inside of the block, as :func:`counting` does, and not elsewhere."""
+    before, _counting.here = _counting.here, counter
+    try:
+        yield
+    finally:
+        _counting.here = before
 
 
 def register_attention() -> str:

@@ -1,0 +1,69 @@
+"""What records the work of a device as a graph that is launched at once. The one place that knows torch's CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Recorder", "Unrecordable", "recorder_for"]
+
+
+class Unrecordable(RuntimeError):
+    """Why something cannot be in a graph."""
+
+
+class Recorder:
+    """CUDA graphs of one device, all in one memory pool: no two of them may run at the same time.
+
+    Parameters
+    ----------
+    device : torch.device
+        A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last: Any = None  # stream of the last replay
+
+    def run(self, body: Callable[[], None]) -> None:
+        """Run something as it is, where it will be recorded: libraries make their plans and workspaces."""
+        here = self._here()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            body()
+        here.wait_stream(self._stream)
+
+    def record(self, body: Callable[[], None]) -> Any:
+        """Record something that has been run before."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate meanwhile.
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                body()
+        except RuntimeError as error:
+            raise Unrecordable(f"layers that cannot be recorded ({str(error).splitlines()[0]})") from error
+        return graph
+
+    def replay(self, graph: Any) -> None:
+        """Launch a graph on the current stream, behind the one before it wherever that ran."""
+        self._here()
+        graph.replay()
+
+    def _here(self) -> Any:
+        here = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != here:
+            here.wait_stream(self._last)
+        self._last = here
+        return here
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """The recorder of a device; None where there are no graphs."""
+    return Recorder(device) if device.type == "cuda" else None
