@@ -1,10 +1,10 @@
 """CUDA graphs emulated on the CPU: what is recorded is a list of torch ops on the tensors that they had.
 
-A replay runs the ops again on the same memory, with no Python of the recorded code in between: as on a device, decisions
-of the recording stand, what is not copied into the graph's tensors is not seen, reading a value on the host fails, and
-recording itself changes nothing. Harsher than a device in two ways: tensors that were made while recording are full of
-NaN after every replay, since other graphs of the pool may use their memory; and a graph that reads memory which was there
-before and has been freed raises, where a device would read whatever lies there now.
+A replay runs the ops again on the same memory, with no Python of the recorded code in between. As on a device,
+decisions of the recording stand, what is not copied into the graph's tensors is not seen, reading a value on the host
+fails, and recording itself changes nothing. Harsher than a device in two ways: tensors that were made while recording
+are full of NaN after every replay, since other graphs of the pool may use their memory; and a graph that reads memory
+which was there before and has been freed raises, where a device would read whatever lies there now.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from exeunt import graphs
-from exeunt.recorder import Unrecordable
+from exeunt.recorder import Unrecordable, reads_on_host
 
 
 class FreedMemory(RuntimeError):
@@ -52,10 +52,10 @@ class Tape(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.ops, self.own, self.before = [], {}, {}
+        self.ops, self.own, self.before, self.numbers = [], {}, {}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        if reads_on_host(func, args):
             raise Unrecordable(f"layers that cannot be recorded ({func})")
         flat, form = tree_flatten((args, kwargs or {}))
         given = tensors_in(flat)
@@ -66,6 +66,9 @@ class Tape(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         known = {*self.own, *map(address, given)}
         results = tensors_in(out)
+        if func is torch.ops.aten.lift_fresh.default:  # a number of the host, which a launch carries with it
+            self.numbers.extend(results)
+            return out
         fresh = [address(t) not in known for t in results]
         self.own.update((address(t), t) for t, new in zip(results, fresh, strict=True) if new)
         if any(fresh) or func._schema.is_mutable:  # others only give another view

@@ -158,14 +158,16 @@ class ExitCacheLayer(DynamicLayer):
         return (keys.index_select(0, rows), values.index_select(0, rows)) if gather else (keys, values)
 
     @torch.no_grad()
-    def append_at(self, own: KeyValues, rows: Tensor, slots: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
-        """Write tokens of ``rows`` [n] at ``slots`` [n], of which the last is the latest.
+    def append_at(
+        self, own: KeyValues, rows: Tensor, slots: Tensor, latest: int, gather: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Write tokens of ``rows`` [n] at ``slots`` [n], of which the last is ``latest``.
 
         Returns the keys and values that each of them attends to, [n, Hkv, K, Dh], aligned at their end: the last is the
         token's own. What stands before the first token of a row is some token's; masks hide it. Without ``gather``
         those of the whole batch, as they lie.
         """
-        length = int(slots[-1]) + 1
+        length = latest + 1
         self._reserve(max(length, self.length))
         self._check(own, len(rows))
         assert self._keys is not None and self._values is not None

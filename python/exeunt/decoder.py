@@ -168,6 +168,8 @@ class Attached(Plug):
 
         self._set(embedding, "forward", types.MethodType(forward, embedding))
         self._install_generate()
+        if self._graphs is not None:
+            self._undo.append(self._graphs.clear)
 
     def _install_generate(self) -> None:
         """``generate`` with a cache of exeunt's layers, and nothing of it left behind."""
@@ -244,8 +246,7 @@ class Attached(Plug):
         if state.deferred is not None:
             state.deferred.begin(step.rows, step.apart)
             step.first = hidden if self._again else None
-        if self._graphs is not None and self._graphs.begin(step):
-            step.calls = []
+        step.calls = [] if self._graphs is not None and self._graphs.ready(step) else None
         local.step = step
         return step
 
@@ -288,7 +289,7 @@ class Attached(Plug):
                 if self._graphs is not None:
                     self._graphs.prompt(out)
                 return out
-            if step.calls is not None:
+            if step.calls is not None and self._graphs is not None:
                 step.calls.append(LayerCall(stock, hidden, kwargs, step.take, step.seen))
                 return self._graphs.like(hidden if i + 1 < segment_end else self._segment(i, step))
             if step.running and i in step.state.pending:
@@ -433,5 +434,5 @@ class Attached(Plug):
             self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch
-        self._report.exit_layers.append(step.depth.cpu())
+        self._report.exit_layers.append(step.depth)
         self._report.step_seconds += time.perf_counter() - step.started

@@ -3,19 +3,20 @@
 What is in a graph and what is not, for exits after layers 8 and 16::
 
     embedding, masks, rotary tables   the model's own, as ever
-    layers 0 .. 8                     note their arguments and pass the hidden state on; the last of them copies rows and
-                                      arguments into the graph's own tensors, and replays it: one launch for them all
+    layers 0 .. 8                     note their arguments and pass the hidden state on; the last of them copies rows
+                                      and arguments into the graph's own tensors, and replays it: one launch for all
     exit 8                            the check as ever, on the rows that run; the host reads how many stay
     layers 9 .. 16                    another graph, for the bucket of that number: 1, 2, 4, ... or the whole batch
     skipped layers                    kv_fill, as ever
 
 The host knows how many rows run, so only the layers are padded. Rows of padding repeat row 0 and write their keys and
-values to a place of the cache that no token has. A graph is tied to addresses, so each is tied to a :class:`_Store`: the
-tensors of a cache that a generation moves into, and leaves for the next one.
+values to a place of the cache that no token has. A graph is tied to addresses, so each is tied to a :class:`_Store`:
+the tensors of a cache that a generation moves into, and leaves for the next one.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -26,13 +27,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exeunt.models import KeyValues, LayerCall, RowTaker, Structure, attention, stand_in
-from exeunt.recorder import Recorder, Unrecordable, recorder_for
+from exeunt.recorder import Recorder, Unrecordable, reads_on_host, recorder_for
 from exeunt.states import Propagate
 
 if TYPE_CHECKING:
     from exeunt.cache import ExitCacheLayer
     from exeunt.recipes import Recipe
-    from exeunt.report import Report
     from exeunt.step import Step
 
 __all__ = ["Graphs"]
@@ -95,8 +95,12 @@ class Graphs:
         """A layer's output in the form of the stock layers'."""
         return hidden if self._rest is None else (hidden, *self._rest)
 
-    def begin(self, step: Step) -> bool:
-        """Whether a step runs in graphs; if so, its cache lies where they find it from here on."""
+    def clear(self) -> None:
+        """Let go of all graphs and their memory."""
+        self._stores, self._watched = [], None
+
+    def ready(self, step: Step) -> bool:
+        """Whether a step that begins runs in graphs; counted with the reason, where it does not."""
         reason = self._refused or self._unready()
         if reason is not None:
             step.report.graphs[f"eager steps: {reason}"] += 1
@@ -108,7 +112,6 @@ class Graphs:
                 self._watched = _Watched(self._structure.layers)
                 for store in self._stores:
                     store.pieces.clear()
-            self._moved_in(step)
         return True
 
     def _unready(self) -> str | None:
@@ -129,13 +132,13 @@ class Graphs:
             if store.capacity >= need and store.holds(layers):
                 return store
         need = max(need, step.state.max_length or 0)
-        store = next((s for s in self._stores if s.fits(layers, need) and s.free), None)
-        if store is None:
-            store = _Store(layers, max(64, 1 << (need - 1).bit_length()))
-            self._stores.append(store)
+        free = next((s for s in self._stores if s.fits(layers, need) and s.free), None)
+        if free is None:
+            free = _Store(layers, max(64, 1 << (need - 1).bit_length()))
+            self._stores.append(free)
             del self._stores[:-_STORES]
-        store.take(layers)
-        return store
+        free.take(layers)
+        return free
 
     def run(self, first: int, calls: list[LayerCall], step: Step) -> tuple[Tensor, Tensor] | None:
         """Run the layers from ``first`` on, one for each of ``calls``, for the rows of a step that run.
@@ -285,9 +288,9 @@ class _Piece:
         @torch.no_grad()
         def body() -> None:
             before = after = self.hidden
-            for call, pair in zip(calls, places, strict=True):
+            for call, (keys, values) in zip(calls, places, strict=True):
                 before, call.hidden = after, after
-                out = call.run(lambda own, pair=pair: self._attend(own, *pair, whole))  # type: ignore[misc]
+                out = call.run(functools.partial(self._attend, keys, values, whole))
                 call.hidden = self.hidden  # what is kept must not hold the graph's memory
                 after = out[0] if isinstance(out, tuple) else out
             self.before.copy_(before)
@@ -308,7 +311,7 @@ class _Piece:
             return tuple(map(self._filled, value))
         return self.tensors[value] if type(value) is _Place else self.masks[value] if type(value) is _Mask else value
 
-    def _attend(self, own: KeyValues, keys: Tensor, values: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    def _attend(self, keys: Tensor, values: Tensor, whole: bool, own: KeyValues) -> tuple[Tensor, Tensor]:
         """Store the rows' keys and values; return all that they may attend to."""
         keys[self.rows, :, self.slots] = own.keys[:, :, 0]
         values[self.rows, :, self.slots] = own.values[:, :, 0]
@@ -373,9 +376,10 @@ class _Store:
     def __init__(self, layers: Sequence[ExitCacheLayer], capacity: int) -> None:
         self.capacity = capacity
         self.pieces: dict[Hashable, _Piece] = {}
-        self.pairs = [
-            tuple(t.new_zeros(*t.shape[:2], capacity + 1, t.shape[3]) for t in layer.storage) for layer in layers
-        ]
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        for layer in layers:
+            keys, values = (t.new_zeros(*t.shape[:2], capacity + 1, t.shape[3]) for t in layer.storage)
+            self.pairs.append((keys, values))
 
     def holds(self, layers: Sequence[ExitCacheLayer]) -> bool:
         """Whether a cache lies here."""
@@ -426,6 +430,6 @@ class _Watching(TorchDispatchMode):
     """Raises where code reads values of tensors on the host: a graph would go on with those of its recording."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        if reads_on_host(func, args):
             raise Unrecordable(f"layers that read tensors on the host ({func})")
         return func(*args, **(kwargs or {}))

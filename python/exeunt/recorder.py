@@ -1,17 +1,30 @@
-"""What records the work of a device as a graph that is launched at once. The one place that knows torch's CUDA graphs."""
+"""What records the work of a device as a graph that is launched at once: the one place that knows CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["Recorder", "Unrecordable", "recorder_for"]
+__all__ = ["Recorder", "Unrecordable", "reads_on_host", "recorder_for"]
 
 
 class Unrecordable(RuntimeError):
     """Why something cannot be in a graph."""
+
+
+def reads_on_host(op: Any, args: Sequence[Any]) -> bool:
+    """Whether a torch op takes values between host and device, to return them or to know how much it returns."""
+    if op is torch.ops.aten.lift_fresh.default:  # torch.tensor of numbers; a single one goes along with each launch
+        return args[0].dim() > 0
+    if op.overloadpacket in _INDEXED:  # by integers they read nothing
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return bool(_READ & set(op.tags))
+
+
+_READ = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_INDEXED = {getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_")}
 
 
 class Recorder:

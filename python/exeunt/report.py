@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 __all__ = ["Report"]
@@ -14,7 +15,7 @@ FINISHED = -1
 
 def count_depths(exit_layers: list[Tensor]) -> dict[int, int]:
     """How often each layer stands in [B] tensors of them, ascending."""
-    return dict(sorted(Counter(depth for depths in exit_layers for depth in depths.tolist()).items()))
+    return dict(sorted(Counter(torch.cat(exit_layers).tolist()).items())) if exit_layers else {}
 
 
 def depth_lines(histogram: dict[int, int], layers: int, verb: str) -> list[str]:
@@ -61,8 +62,8 @@ class Report:
     checks : int
         How many of them were exit checks.
     exit_layers : list of Tensor
-        One [B] int64 CPU tensor a step: the layer after which each row left; L-1 at full depth, -1 for a row that had
-        already ended and ran nothing.
+        One [B] int64 tensor a step, where the model is: the layer after which each row left; L-1 at full depth, -1 for
+        a row that had already ended and ran nothing.
     step_seconds, forward_seconds : float
         Wall time inside the model, of decoding steps and of full forwards (CUDA work may still be in flight).
     full_forwards : int
