@@ -284,7 +284,8 @@ def _unable(
             return "more than a few queries"
         if mask is not None and not is_ranges(mask):
             return "a mask that is not one range of keys"
-    here = query.is_cpu or (query.is_cuda and hasattr(_backend.cuda, "ragged_attention"))
+    widest = max(query.shape[3], value.shape[3])
+    here = query.is_cpu or (query.is_cuda and widest <= getattr(_backend.cuda, "largest_head", 0))
     same = query.dtype == key.dtype == value.dtype  # not under autocast
     if not here or not same or query.dtype not in ops.DTYPES or torch.compiler.is_compiling():
         return "device, dtype or compilation"
