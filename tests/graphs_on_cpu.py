@@ -113,6 +113,12 @@ class Recorder:
         tape.undo()
         return tape
 
+    def follow(self):
+        pass
+
+    def wait(self):
+        pass
+
     def replay(self, graph):
         graph.replay()
 

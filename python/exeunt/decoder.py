@@ -70,6 +70,7 @@ class _UnderWay(threading.local):
     full_since: float | None = None
     cache: weakref.ref[Any] | None = None  # of the running generate
     paused: bool = False
+    asked: str | None = None  # what the running forward is to return of every layer
 
 
 class Attached(Plug):
@@ -170,6 +171,21 @@ class Attached(Plug):
         self._install_generate()
         if self._graphs is not None:
             self._undo.append(self._graphs.clear)
+            self._install_decoder(s.decoder)
+
+    def _install_decoder(self, module: Any) -> None:
+        """Note whether a forward is to return what layers give, which they do not while they are run in graphs."""
+        stock, local, config = module.forward, self._local, self._config
+
+        @functools.wraps(type(module).forward)
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:
+                return type(this).forward(this, *args, **kwargs)
+            names = ("output_hidden_states", "output_attentions")
+            local.asked = next((n for n in names if kwargs.get(n) or getattr(config, n, False)), None)
+            return stock(*args, **kwargs)
+
+        self._set(module, "forward", types.MethodType(forward, module))
 
     def _install_generate(self) -> None:
         """``generate`` with a cache of exeunt's layers, and nothing of it left behind."""
@@ -246,7 +262,7 @@ class Attached(Plug):
         if state.deferred is not None:
             state.deferred.begin(step.rows, step.apart)
             step.first = hidden if self._again else None
-        step.calls = [] if self._graphs is not None and self._graphs.ready(step) else None
+        step.calls = [] if self._graphs is not None and self._graphs.ready(step, local.asked) else None
         local.step = step
         return step
 
@@ -286,7 +302,7 @@ class Attached(Plug):
                 kwargs = self._without_evicted(i, hidden.shape[1], kwargs)
             if step is None:
                 out = stock(hidden, **kwargs)
-                if self._graphs is not None:
+                if self._graphs is not None and local.asked is None:
                     self._graphs.prompt(out)
                 return out
             if step.calls is not None and self._graphs is not None:

@@ -97,11 +97,15 @@ class Graphs:
 
     def clear(self) -> None:
         """Let go of all graphs and their memory."""
+        self._recorder.wait()
         self._stores, self._watched = [], None
 
-    def ready(self, step: Step) -> bool:
-        """Whether a step that begins runs in graphs; counted with the reason, where it does not."""
-        reason = self._refused or self._unready()
+    def ready(self, step: Step, asked: str | None) -> bool:
+        """Whether a step that begins runs in graphs; counted with the reason, where it does not.
+
+        ``asked``: the option by which the model is to return what every layer gives, if it is.
+        """
+        reason = self._refused or asked or self._unready()
         if reason is not None:
             step.report.graphs[f"eager steps: {reason}"] += 1
             return False
@@ -109,6 +113,7 @@ class Graphs:
             if self._watched is None or not self._watched.same():
                 if self._watched is not None:
                     step.report.graphs["weights replaced: recorded anew"] += 1
+                    self._recorder.wait()
                 self._watched = _Watched(self._structure.layers)
                 for store in self._stores:
                     store.pieces.clear()
@@ -136,7 +141,9 @@ class Graphs:
         if free is None:
             free = _Store(layers, max(64, 1 << (need - 1).bit_length()))
             self._stores.append(free)
-            del self._stores[:-_STORES]
+            if len(self._stores) > _STORES:
+                self._recorder.wait()
+                del self._stores[0]
         free.take(layers)
         return free
 
@@ -148,6 +155,7 @@ class Graphs:
         """
         rows, count = step.running_rows, step.running
         with self._lock:
+            self._recorder.follow()
             store = self._moved_in(step)
             try:
                 given = _Given(calls, rows, first, step, store)
@@ -156,6 +164,7 @@ class Graphs:
                 piece = store.pieces.get(key)
                 if piece is None:
                     if len(store.pieces) >= _PIECES:
+                        self._recorder.wait()
                         store.pieces.clear()
                     piece = _Piece(given, bucket, first, store)
                     piece.load(given)

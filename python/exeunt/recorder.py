@@ -40,11 +40,11 @@ class Recorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._last: Any = None  # stream of the last replay
+        self._last: Any = None  # the stream of the last replay
 
     def run(self, body: Callable[[], None]) -> None:
         """Run something as it is, where it will be recorded: libraries make their plans and workspaces."""
-        here = self._here()
+        here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
             body()
@@ -65,16 +65,19 @@ class Recorder:
         return graph
 
     def replay(self, graph: Any) -> None:
-        """Launch a graph on the current stream, behind the one before it wherever that ran."""
-        self._here()
+        """Launch a graph on the current stream."""
         graph.replay()
 
-    def _here(self) -> Any:
+    def follow(self) -> None:
+        """From here on the current stream is behind all that ran before, wherever that was."""
         here = torch.cuda.current_stream(self._device)
         if self._last is not None and self._last != here:
             here.wait_stream(self._last)
         self._last = here
-        return here
+
+    def wait(self) -> None:
+        """Return once all graphs have run, so that their memory can be let go."""
+        torch.cuda.synchronize(self._device)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
