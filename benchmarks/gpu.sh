@@ -6,7 +6,7 @@
 # Needs torch with CUDA, nvcc, scikit-build-core, pybind11, cmake, ninja, pytest and scipy installed. Peers (Liger, Cut
 # Cross-Entropy, FlashInfer) are measured where they are installed.
 #
-# Less than nine minutes: what each part may take adds up to 530 s. A part that fails or runs out of its time is named at
+# Less than ten minutes: what each part may take adds up to 595 s. A part that fails or runs out of its time is named at
 # the end and does not keep the others from running; without a build there is nothing to run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ part 110 build python -m pip install -q --no-build-isolation --no-deps .
 [ ${#failed[@]} -eq 0 ] || exit 1
 python -m exeunt info
 
-part 90 tests python -m pytest -q -m gpu tests/ops
+part 90 tests python -m pytest -q -m gpu tests/ops tests/test_on_device.py tests/test_graphs_on_device.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
     part 25 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=exeunt \
@@ -36,5 +36,6 @@ else
 fi
 part 160 benchmark python benchmarks/bench_cuda.py --out "$results"
 part 70 step python benchmarks/bench_cuda_step.py --out "$results"
+part 65 attach python benchmarks/bench_cuda_attach.py --out "$results"
 printf '\n==== done (%d s): %s\n' "$SECONDS" "${failed[*]:-nothing failed}"
 [ ${#failed[@]} -eq 0 ]

@@ -162,14 +162,16 @@ class ExitCacheLayer(DynamicLayer):
         return (keys.index_select(0, rows), values.index_select(0, rows)) if gather else (keys, values)
 
     @torch.no_grad()
-    def append_at(self, own: KeyValues, rows: Tensor, slots: Tensor, gather: bool = True) -> tuple[Tensor, Tensor]:
-        """Write tokens of ``rows`` [n] at ``slots`` [n], of which the last is the latest.
+    def append_at(
+        self, own: KeyValues, rows: Tensor, slots: Tensor, latest: int, gather: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Write tokens of ``rows`` [n] at ``slots`` [n], of which the last is ``latest``.
 
         Returns the keys and values that each of them attends to, [n, Hkv, K, Dh], aligned at their end: the last is the
         token's own. What stands before the first token of a row is some token's; masks hide it. Without ``gather``
         those of the whole batch, as they lie.
         """
-        length = int(slots[-1]) + 1
+        length = latest + 1
         self._reserve(max(length, self.length))
         self._check(own, len(rows))
         assert self._keys is not None and self._values is not None
@@ -250,6 +252,17 @@ class ExitCacheLayer(DynamicLayer):
         assert self._keys is not None and self._values is not None
         return self._keys, self._values
 
+    def lies_in(self, keys: Tensor) -> bool:
+        """Whether these are the tensors that the layer writes to, by the address of its keys."""
+        return self._own and self._keys is not None and self._keys.data_ptr() == keys.data_ptr()
+
+    def move_into(self, keys: Tensor, values: Tensor) -> None:
+        """Go on in these tensors [B, Hkv, capacity, Dh]; nobody else may write to them."""
+        for held, new in zip(self.storage, (keys, values), strict=True):
+            _put(held.narrow(2, 0, min(held.shape[2], self.length)), new)
+        self._keys, self._values, self._own = keys, values, True
+        self._moved()
+
     # ---- storage
 
     def _visible(self, held: Tensor | None) -> Tensor | None:
@@ -302,16 +315,21 @@ class ExitCacheLayer(DynamicLayer):
 
     def _copied(self, held: Tensor | None, rows: Tensor | None, capacity: int) -> Tensor:
         assert held is not None
-        filled = min(held.shape[2], self.length)
-        part = held.narrow(2, 0, filled)
+        part = held.narrow(2, 0, min(held.shape[2], self.length))
         if rows is not None:
             part = part.index_select(0, rows)
         shape = part.shape[0], held.shape[1], capacity, held.shape[3]
         large = held.is_cpu and math.prod(shape) * held.itemsize >= _HUGE
         new = _backend.huge_pages(shape, held.dtype) if large else held.new_empty(shape)
-        new.narrow(2, 0, filled).copy_(part)
-        new.narrow(2, filled, capacity - filled).zero_()
+        _put(part, new)
         return new
+
+
+def _put(held: Tensor, new: Tensor) -> None:
+    """Copy the tokens of [B, Hkv, n, Dh] to a tensor with room for more, zero behind them."""
+    filled = held.shape[2]
+    new.narrow(2, 0, filled).copy_(held)
+    new.narrow(2, filled, new.shape[2] - filled).zero_()
 
 
 def _expect(what: str, new: Tensor, held: Tensor, shape: torch.Size) -> None:

@@ -33,6 +33,7 @@ from exeunt.calibration import Calibration
 from exeunt.deferred import Deferred
 from exeunt.exit_points import ExitPoints
 from exeunt.fill import fill_in
+from exeunt.graphs import Graphs
 from exeunt.models import (
     CACHE_KEYWORD,
     KeyValues,
@@ -69,6 +70,7 @@ class _UnderWay(threading.local):
     full_since: float | None = None
     cache: weakref.ref[Any] | None = None  # of the running generate
     paused: bool = False
+    asked: str | None = None  # what the running forward is to return of every layer
 
 
 class Attached(Plug):
@@ -120,6 +122,7 @@ class Attached(Plug):
             )
         self._points = ExitPoints(self.structure, recipe)
         self._weights = KeyValueWeights.find(self.structure)
+        self._graphs = Graphs.of(self.structure, recipe)
         self._local = _UnderWay()
         self.reset_report()
         self._put_on()
@@ -166,6 +169,23 @@ class Attached(Plug):
 
         self._set(embedding, "forward", types.MethodType(forward, embedding))
         self._install_generate()
+        if self._graphs is not None:
+            self._undo.append(self._graphs.clear)
+            self._install_decoder(s.decoder)
+
+    def _install_decoder(self, module: Any) -> None:
+        """Note whether a forward is to return what layers give, which they do not while they are run in graphs."""
+        stock, local, config = module.forward, self._local, self._config
+
+        @functools.wraps(type(module).forward)
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:
+                return type(this).forward(this, *args, **kwargs)
+            names = ("output_hidden_states", "output_attentions")
+            local.asked = next((n for n in names if kwargs.get(n) or getattr(config, n, False)), None)
+            return stock(*args, **kwargs)
+
+        self._set(module, "forward", types.MethodType(forward, module))
 
     def _install_generate(self) -> None:
         """``generate`` with a cache of exeunt's layers, and nothing of it left behind."""
@@ -242,6 +262,7 @@ class Attached(Plug):
         if state.deferred is not None:
             state.deferred.begin(step.rows, step.apart)
             step.first = hidden if self._again else None
+        step.calls = [] if self._graphs is not None and self._graphs.ready(step, local.asked) else None
         local.step = step
         return step
 
@@ -284,7 +305,13 @@ class Attached(Plug):
             if self._evicts:
                 kwargs = self._without_evicted(i, hidden.shape[1], kwargs)
             if step is None:
-                return stock(hidden, **kwargs)
+                out = stock(hidden, **kwargs)
+                if self._graphs is not None and local.asked is None:
+                    self._graphs.prompt(out)
+                return out
+            if step.calls is not None and self._graphs is not None:
+                step.calls.append(LayerCall(stock, hidden, kwargs, step.take, step.seen))
+                return self._graphs.like(hidden if i + 1 < segment_end else self._segment(i, step))
             if step.running and i in step.state.pending:
                 self._settle(step.cache, i, segment_end)
             deferred = step.state.deferred
@@ -329,6 +356,32 @@ class Attached(Plug):
             step.rest = spread(rest, rows, step.batch, step.rest)
         if step.left is not None:
             self._state.skip(layer, i, call, step)
+        return after
+
+    def _segment(self, last: int, step: Step) -> Tensor:
+        """The layers up to ``last`` that a step has noted, run in one graph; what the model goes on with."""
+        calls, step.calls = step.calls or [], []
+        first, graphs = last + 1 - len(calls), self._graphs
+        before = after = calls[0].hidden
+        if step.running:
+            if any(i in step.state.pending for i in range(first, last + 1)):
+                self._settle(step.cache, first, last + 1)
+            done = graphs.run(first, calls, step) if graphs is not None else None
+            if done is None:
+                step.calls = None  # the rest of the step runs as it does without graphs
+                for i, call in enumerate(calls, first):
+                    call.hidden = before = after
+                    after = self._ragged(i, call, step)
+            else:
+                before, after = done
+        if step.left is not None and step.calls is not None:
+            for i, call in enumerate(calls, first):
+                self._state.skip(step.cache.layers[i], i, call, step)
+        if step.running:
+            self._report.layer_rows += step.running * len(calls)
+            if last in self._points.heads:
+                self._points.check(last, step, before, after)
+        step.hidden = after
         return after
 
     def _without_evicted(self, i: int, new: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -401,5 +454,5 @@ class Attached(Plug):
             self._settle(step.cache)
         self._report.steps += 1
         self._report.tokens += step.batch
-        self._report.exit_layers.append(step.depth.cpu())
+        self._report.exit_layers.append(step.depth)
         self._report.step_seconds += time.perf_counter() - step.started

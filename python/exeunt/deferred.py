@@ -130,8 +130,10 @@ class Deferred:
 
     def gather(self, layer: int, rows: Tensor | None) -> None:
         """From ``layer`` on, those of ``rows`` (None: all) that wait for it run along."""
-        places = ((self.depth == layer - 1) & self._of(rows)).nonzero()[:, 0]
-        self.company = Company(places, self) if len(places) else None
+        self.company = None
+        if len(self):
+            places = ((self.depth == layer - 1) & self._of(rows)).nonzero()[:, 0]
+            self.company = Company(places, self) if len(places) else None
 
     def _of(self, rows: Tensor | None) -> Tensor:
         return torch.ones_like(self.row, dtype=torch.bool) if rows is None else torch.isin(self.row, rows)
@@ -151,14 +153,14 @@ class Deferred:
         company = self.company
         assert company is not None
         calls = [(self._calls[slot][i], origin, layer.seen(slot + 1)) for slot, origin in company.sources]
-        hidden, rows, slots = self.hidden[company.places], company.rows, company.slots
+        hidden, rows, slots, latest = self.hidden[company.places], company.rows, company.slots, company.sources[-1][0]
         if current is not None:
-            call, own, slot = current
-            calls.append((call, own, layer.seen(slot + 1)))
+            call, own, latest = current
+            calls.append((call, own, layer.seen(latest + 1)))
             hidden = torch.cat((hidden, call.hidden.index_select(0, own)))
-            rows, slots = torch.cat((rows, own)), torch.cat((slots, torch.full_like(own, slot)))
+            rows, slots = torch.cat((rows, own)), torch.cat((slots, torch.full_like(own, latest)))
         joined = LayerCall.together(calls, hidden, rows, slots, company.memo, self.apart)
-        out = joined.run(lambda new: layer.append_at(new, rows, slots, gather=not joined.apart))
+        out = joined.run(lambda new: layer.append_at(new, rows, slots, latest, gather=not joined.apart))
         after, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         late = len(company.places)
         self._count(late)

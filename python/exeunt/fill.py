@@ -83,7 +83,10 @@ def _fill_at_once(
             state.table = KVCache(*zip(*(layer.storage for layer in layers), strict=True))
         tables = _rotary(state.pending, found, rotates, owing, len(layers))
         kv_fill(hidden, from_layer, rows, slots, stack, state.table, rotary=tables, until=until)
-        count = int((until - from_layer).sum())
+        if all(token.origin is None for token, *_ in found):
+            count = sum(len(skipped.rows) for i in owing for skipped in state.pending[i])
+        else:  # rows have moved, and some are gone
+            count = int((until - from_layer).sum())
     for i in owing:
         del state.pending[i]
     return count
@@ -116,4 +119,4 @@ def _rotary(
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
     """Rows [n, R] of a table [B or 1, 1, R]."""
-    return table[:, 0].expand(max(len(table), int(rows.max()) + 1), -1).index_select(0, rows)
+    return table[:, 0].expand(len(rows), -1) if len(table) == 1 else table[:, 0].index_select(0, rows)

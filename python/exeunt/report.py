@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 __all__ = ["Report"]
@@ -14,7 +15,7 @@ FINISHED = -1
 
 def count_depths(exit_layers: list[Tensor]) -> dict[int, int]:
     """How often each layer stands in [B] tensors of them, ascending."""
-    return dict(sorted(Counter(depth for depths in exit_layers for depth in depths.tolist()).items()))
+    return dict(sorted(Counter(torch.cat(exit_layers).tolist()).items())) if exit_layers else {}
 
 
 def depth_lines(histogram: dict[int, int], layers: int, verb: str) -> list[str]:
@@ -55,11 +56,14 @@ class Report:
     attention : Counter of str
         Calls of attention by what served them, where the model's attention is exeunt's
         (:func:`exeunt.register_attention`): ``ragged_attention``, or ``torch: `` and why.
+    graphs : Counter of str
+        Segments of decoding steps by what became of them where the device has graphs (CUDA): recorded, replayed, run
+        before they are recorded; and steps that ran without, with the reason.
     checks : int
         How many of them were exit checks.
     exit_layers : list of Tensor
-        One [B] int64 CPU tensor a step: the layer after which each row left; L-1 at full depth, -1 for a row that had
-        already ended and ran nothing.
+        One [B] int64 tensor a step, where the model is: the layer after which each row left; L-1 at full depth, -1 for
+        a row that had already ended and ran nothing.
     step_seconds, forward_seconds : float
         Wall time inside the model, of decoding steps and of full forwards (CUDA work may still be in flight).
     full_forwards : int
@@ -83,6 +87,7 @@ class Report:
     head_reads: int = 0
     checks: int = 0
     attention: Counter[str] = field(default_factory=Counter)
+    graphs: Counter[str] = field(default_factory=Counter)
     exit_layers: list[Tensor] = field(default_factory=list)
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
@@ -120,6 +125,7 @@ class Report:
         )
         for what, count in sorted(self.attention.items()):
             lines.append(f"  attention    {count} calls by {what}")
+        lines += [f"  graphs       {count} {what}" for what, count in sorted(self.graphs.items())]
         lines.append(
             f"  wall time    {self.step_seconds:.3f} s in decoding steps, {self.forward_seconds:.3f} s in "
             f"{self.full_forwards} forwards at full depth (prompts and the like)"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exeunt import ops
 from exeunt.generation import Token
-from exeunt.models import RowTaker, Structure, own_cache, stand_in
+from exeunt.models import LayerCall, RowTaker, Structure, own_cache, stand_in
 from exeunt.report import FINISHED, Report
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Step:
         self.lesson: tuple[Tensor, Tensor] | None = None  # [B] scores and labels at the exit, where the policy learns
         self.first: Tensor | None = None  # [B, 1, D] input of the first layer, where the state strategy asks for it
         self.rest: tuple[Any, ...] | None = None  # what the last layer that ran returned beside its output, all rows
+        self.calls: list[LayerCall] | None = None  # of the segment that goes into a graph once its last layer is called
         self.started = time.perf_counter()
         if state.exited and state.finished is not None and not bool(state.finished.all()):
             self.leave(state.finished, FINISHED)

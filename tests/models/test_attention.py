@@ -198,3 +198,18 @@ def test_models_with_attention_of_their_own_keep_it(name):
     torch.testing.assert_close(
         torch.stack(zoo.generate(model, given).logits), torch.stack(zoo.generate(stock, given).logits)
     )
+
+
+def test_rows_apart_without_a_kernel(monkeypatch):
+    """Rows that left are passed over where torch's attention serves, too, which knows no rows of a cache."""
+    runs = []
+    for name in ("sdpa", exeunt.register_attention()):
+        monkeypatch.setattr(attention, "_unable", lambda *args: "no kernel")
+        model = zoo.make("llama", attn_implementation=name)
+        with exeunt.attach(model, exeunt.recipes.calm([0, 2], 0.5, confidence="margin")) as early:
+            out = zoo.generate(model, zoo.inputs(model, batch=4))
+        runs.append((out.sequences, torch.stack(out.logits), torch.cat(early.report().exit_layers)))
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][2], runs[1][2])
+    assert len(runs[0][2].unique()) > 1
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-4)
+    assert early.report().attention["torch: no kernel"] > 0

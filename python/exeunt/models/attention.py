@@ -18,18 +18,20 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from exeunt import ops, reference
+from exeunt.ops import _backend
 
-__all__ = ["NAME", "attend_apart", "counting", "is_ranges", "register_attention", "spelled_out"]
+__all__ = ["NAME", "attend_apart", "counted", "counting", "is_ranges", "register_attention", "spelled_out"]
 
 NAME = "exeunt"
 FEW = 16  # queries of a row: beyond it torch's flash attention has products of full height
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Counting(threading.local):
@@ -46,13 +48,23 @@ def counting(counter: Counter[str] | None) -> None:
     _counting.here = counter
 
 
+@contextmanager
+def counted(counter: Counter[str]) -> Iterator[None]:
+    """Count this thread's calls in ``counter`` inside of the block, as :func:`counting` does, and not elsewhere."""
+    before, _counting.here = _counting.here, counter
+    try:
+        yield
+    finally:
+        _counting.here = before
+
+
 def register_attention() -> str:
     """Make ``attn_implementation="exeunt"`` known to transformers.
 
     With it, decoding steps and chunks of up to 16 tokens attend through :func:`exeunt.ops.ragged_attention`: rows of
     different lengths without padding or a mask tensor, and under :func:`exeunt.attach` rows that left are passed over
-    without copying the others' keys. Longer prompts, training, masks of other forms and tensors on a GPU take torch's
-    ``scaled_dot_product_attention``. Call it before the model is made; ``attach`` calls it too.
+    without copying the others' keys. Longer prompts, training, masks of other forms and a GPU for which this build has
+    no kernel take torch's ``scaled_dot_product_attention``. Call it before the model is made; ``attach`` calls it too.
 
     Returns
     -------
@@ -228,6 +240,8 @@ def _attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if is_ranges(attention_mask):
+            if attention_mask.shape[-1] == 3:  # rows of the cache as it lies
+                key, value = (t.index_select(0, attention_mask[:, 0, 0, 0]) for t in (key, value))
             attention_mask = spelled_out(attention_mask, key.shape[2])
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -270,6 +284,9 @@ def _unable(
             return "more than a few queries"
         if mask is not None and not is_ranges(mask):
             return "a mask that is not one range of keys"
-    if not query.is_cpu or query.dtype not in _DTYPES or torch.compiler.is_compiling():
+    widest = max(query.shape[3], value.shape[3])
+    here = query.is_cpu or (query.is_cuda and widest <= getattr(_backend.cuda, "largest_head", 0))
+    same = query.dtype == key.dtype == value.dtype  # not under autocast
+    if not here or not same or query.dtype not in ops.DTYPES or torch.compiler.is_compiling():
         return "device, dtype or compilation"
     return None

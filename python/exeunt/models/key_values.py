@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from exeunt.models.structure import eps_of, evaluating
 from exeunt.ops import DTYPES, KVCache, KVLayer, KVStack, kv_fill
-from exeunt.ops._backend import cpu
+from exeunt.ops._backend import kernels
 
 __all__ = ["KeyValueWeights", "rotary_of"]
 
@@ -89,7 +89,9 @@ class KeyValueWeights:
         """The weights of a model; None where no reading of its modules gives the keys and values that it computes."""
         model, layers = structure.model, structure.layers
         weight = structure.weight
-        if cpu is None or weight.device.type != "cpu" or weight.dtype not in DTYPES or len(set(layers)) < len(layers):
+        if getattr(kernels(weight.device), "KvFill", None) is None:
+            return None
+        if weight.dtype not in DTYPES or len(set(layers)) < len(layers):
             return None
         if getattr(model.config, "is_encoder_decoder", False):
             return None
@@ -185,7 +187,7 @@ def _parts(layer: nn.Module) -> _Parts | None:
         key, value = children.get("k_proj", fused), children.get("v_proj", fused)
         if key is None or value is None:
             continue
-        if type(key) is not nn.Linear or type(value) is not nn.Linear or key.weight.device.type != "cpu":
+        if type(key) is not nn.Linear or type(value) is not nn.Linear or key.weight.is_meta:
             return None  # weights that accelerate keeps elsewhere are on meta
         norm = next((layer._modules[name] for name in _NORMS if layer._modules.get(name) is not None), None)
         key_norm = next((children[name] for name in _KEY_NORMS if children.get(name) is not None), None)
@@ -263,7 +265,7 @@ def _agrees(parts: _Parts, seen: _Seen, facts: _Facts) -> bool | None:
     stack = None if layer is None else _stack_of([layer], [parts], facts)
     if stack is None or seen.hidden.dtype not in DTYPES or seen.keys.dtype != stack.dtype:
         return None
-    slots = torch.arange(len(seen.hidden))
+    slots = torch.arange(len(seen.hidden), device=seen.hidden.device)
     first = torch.zeros_like(slots)
     eps = torch.finfo(stack.dtype).eps * (64 if stack.dtype == torch.float32 else 4)
     for turned in (True, False) if seen.rotary is not None else (False,):
