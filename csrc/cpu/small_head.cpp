@@ -18,21 +18,27 @@
 namespace exeunt::cpu {
 namespace {
 
-constexpr int64_t kRows = 16;            // rows of a block
+constexpr int64_t kRows = 16;            // rows of a block at most
 constexpr double kSerialWork = 1 << 20;  // multiply-adds below which a parallel region costs more than it saves
 
 struct Layout {
   int64_t row, packed, scale, pooled, panel, total;
-  Layout(DType weight, int64_t width, int64_t pooler) {
+  Layout(DType weight, int64_t width, int64_t pooler, int64_t all_rows) {
+    const int64_t rows = std::min(kRows, all_rows);
     const int64_t widest = std::max(width, pooler);
     row = round_up(widest * 8, 64);
     packed = row + round_up(widest * 4, 64);
-    scale = packed + round_up(selected_isa().rows_bytes(weight, kRows, widest), 64);
-    pooled = scale + round_up(kRows * static_cast<int64_t>(sizeof(RowScale)), 64);
-    panel = pooled + round_up(kRows * pooler * 4, 64);
+    scale = packed + round_up(selected_isa().rows_bytes(weight, rows, widest), 64);
+    pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
+    panel = pooled + round_up(rows * pooler * 4, 64);
     total = panel + 16 * round_up(widest * element_bytes(weight), 64) + 64;
   }
 };
+
+// No more than there are blocks.
+int threads_for(int64_t rows, int threads) {
+  return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
+}
 
 // mean[0..width) of the tokens of a row that count; the order of the sum does not see the others. The sums of a strip
 // of the width stay in registers.
@@ -131,18 +137,18 @@ Verdict judge(const SmallHeadParams& p, int64_t begin, int64_t rows) {
 
 }  // namespace
 
-int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int threads) {
-  return std::max(1, threads) * Layout(weight, width, pooler).total;
+int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int64_t rows, int threads) {
+  return threads_for(rows, threads) * Layout(weight, width, pooler, rows).total;
 }
 
 int64_t small_head(const SmallHeadParams& p) {
   const LayerArg& first = p.pooled ? p.pooler : p.head;
-  const Layout layout(p.head.weight.dtype, p.width, p.pooled ? p.pooler.outputs : 0);
+  const Layout layout(p.head.weight.dtype, p.width, p.pooled ? p.pooler.outputs : 0, p.rows);
   const Isa& isa = selected_isa();
   const int64_t blocks = (p.rows + kRows - 1) / kRows;
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(first.outputs + p.tokens - 1) * static_cast<double>(p.width);
-  const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
+  const int threads = work < kSerialWork ? 1 : threads_for(p.rows, p.threads);
 
   // What already is what the product reads is not widened and rounded.
   const bool as_it_is = p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&

@@ -260,26 +260,22 @@ class AttachedEncoder(Plug):
         """After a layer: let exit heads look at the rows that run, and those go that the policy releases."""
         if run.final is None:
             run.groups[0].hidden = hidden
-        if layer not in self._exits and not self._heads.observes:
+        exit, observes = self._exits.get(layer), self._heads.observes
+        if exit is None and not observes:
             return
         if torch.is_grad_enabled():
             with torch.no_grad():
-                self._judged(layer, run)
-        else:
-            self._judged(layer, run)
-
-    def _judged(self, layer: int, run: Forward) -> None:
-        groups = run.groups
-        if self._heads.observes:
-            for group in groups:
+                return self._judge(layer, run, hidden)
+        if observes:
+            for group in run.groups:
                 self._heads.observe(View(group.hidden, group.mask, layer, group.memory))
-        if layer not in self._exits:
+        if exit is None:
             return
-        at, check = self._exits[layer]
+        at, check = exit
         if self.recipe.policy.looks(at):
-            run.groups = [left for group in groups for left in self._release(at, check, group, run)]
+            run.groups = [left for group in run.groups for left in self._release(at, check, group, run)]
         elif self._heads.remembers:
-            for group in groups:
+            for group in run.groups:
                 self._point(layer, group)
 
     def _release(self, at: At, check: ops.Check | None, group: Group, run: Forward) -> Sequence[Group]:

@@ -130,7 +130,7 @@ def _forward(
     argmax = torch.empty(n, dtype=torch.int64)
     if n:
         pooler = layer_arg(pooler_weight, pooler_bias, activation)
-        workspace = workspace_for(weight, d, pooler, threads)
+        workspace = workspace_for(weight, d, pooler, n, threads)
         states, kept = _states(hidden, mask)
         cpu.classify(
             *states, pooler, layer_arg(weight, bias, "none"), logits.data_ptr(), argmax.data_ptr(),
@@ -207,21 +207,26 @@ class Check:
         self._width = (weight if pooler_weight is None else pooler_weight).shape[1]
         self._decides = (tokens, self.MEASURES[measure], float(threshold))
         self._mean = tokens
-        self._where: list[int | torch.dtype] = []
+        self._where: list[int] = []
+        self._needs = (0, 0, 0)  # rows, threads, and the bytes that they take
 
     @staticmethod
     def runs_on(weight: Tensor) -> bool:
         """Whether the kernel takes heads of such a weight."""
         return _backend.cpu is not None and weight.is_cpu and weight.dtype in _backend.DTYPES
 
-    def _locate(self) -> None:
-        """Find the weights again if they have been put elsewhere."""
-        where: list[int | torch.dtype] = [t.data_ptr() for t in self._tensors]
-        where.append(self._weight.dtype)
+    def _bytes(self, rows: int, threads: int) -> int:
+        """Memory that a call takes; and find the weights again if they have been put elsewhere."""
+        where = [t.data_ptr() for t in self._tensors]
         if where != self._where:
             cpu: Any = _backend.cpu
             self._bound = cpu.Check(layer_arg(*self._pooler), layer_arg(*self._head), self._width, *self._decides)
-            self._where = where
+            self._where, self._needs = where, (0, 0, 0)
+        known_rows, known_threads, size = self._needs
+        if rows != known_rows or threads != known_threads:
+            size = self._bound.room(rows, threads)
+            self._needs = rows, threads, size
+        return size
 
     @staticmethod
     def room(checks: Sequence[Check], hidden: Tensor) -> Tensor | None:
@@ -241,11 +246,8 @@ class Check:
         """
         if not (checks and hidden.is_cpu and _backend.direct(hidden, hidden)):
             return None
-        size, rows, threads = 0, hidden.shape[0], torch.get_num_threads()
-        for check in checks:
-            check._locate()
-            size = max(size, check._bound.room(rows, threads))
-        return torch.empty(size, dtype=torch.uint8)
+        rows, threads = hidden.shape[0], _threads()
+        return torch.empty(max([check._bytes(rows, threads) for check in checks]), dtype=torch.uint8)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None, room: Tensor | None = None) -> tuple[int, Tensor]:
         """Judge n rows.
