@@ -179,9 +179,10 @@ def main() -> None:
     times: dict[int, list[float]] = {}
     lines = [
         f"{args.texts} held-out texts for the F1 of spans, against the trained tagger's at full depth and against "
-        f"those of the tagger as shipped; texts of {LENGTH} tokens for the clock, {machine()}, {args.threads} thread(s), "
-        f"float32; layers count padding, until the first word halts; milliseconds a text, medians of {args.rounds} interleaved rounds. Window and threshold of TOKEE; frozen: "
-        f"{args.norm}, halted words: {args.halted}, stage {args.stage} of the training.",
+        f"those of the tagger as shipped; texts of {LENGTH} tokens for the clock, {machine()}, {args.threads} "
+        f"thread(s), float32; milliseconds a text, medians of {args.rounds} interleaved rounds. Window and threshold "
+        f"of TOKEE; layers count the padding that runs until the first word halts; frozen: {args.norm}, halted words: "
+        f"{args.halted}, stage {args.stage} of the training.",
         "",
         "| | layers of 6 | F1, full depth | F1, as shipped | " + " | ".join(f"batch {size}" for size in TIMED) + " |",
         "|---|---|---|---|" + "---|" * len(TIMED),
