@@ -1,13 +1,14 @@
 // Tile registers (AMX): their configuration, and what compilers don't know of their intrinsics.
 //
-// GCC's intrinsics are bare assembly: that of the configuration names the first 8 of its 64 bytes as its input, those of
-// loads name no memory. So stores to what they read may be dropped or come too late: the configuration is a constant in
-// memory, and `tiles_see_memory` stands between stores of a function and its tile loads.
+// GCC's intrinsics are bare assembly: that of the configuration names the first 8 of its 64 bytes as its input, those
+// of loads name no memory. So stores to what they read may be dropped or come too late: the configuration is a constant
+// in memory, and `tiles_see_memory` stands between stores of a function and its tile loads.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+
 #include "cpu/vec.h"
 #if defined(EXEUNT_AMX_EMULATED)
 #include "amx_emulated.h"
