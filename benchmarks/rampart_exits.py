@@ -33,14 +33,15 @@ from torch import Tensor
 import exeunt
 from exeunt.recipes import Recipe, sentee, tokee
 from exeunt.words import word_map
+from machine import machine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 from train_rampart_exits import load, rampart, texts  # noqa: E402
 
-GRID = [(w, d) for w in (5, 15) for d in (0.05, 0.15)]
-SENTENCES = (0.15,)
-CUTS = (3,)
+GRID = [(w, d) for w in (1, 5, 15) for d in (0.05, 0.15, 0.3)]
+SENTENCES = (0.15, 0.3)
+CUTS = (3, 4, 5)
 SEED = 20_000  # of the texts: none was trained on
 LENGTH = 128
 TIMED = {1: 8, 8: 16, 64: 64}  # texts of LENGTH tokens timed at a batch size
@@ -178,9 +179,10 @@ def main() -> None:
     times: dict[int, list[float]] = {}
     lines = [
         f"{args.texts} held-out texts for the F1 of spans, against the trained tagger's at full depth and against "
-        f"those of the tagger as shipped; texts of {LENGTH} tokens for the clock, {args.threads} thread(s), float32; "
-        f"milliseconds a text, medians of {args.rounds} interleaved rounds. Window and threshold of TOKEE; frozen: "
-        f"{args.norm}, halted words: {args.halted}, stage {args.stage} of the training.",
+        f"those of the tagger as shipped; texts of {LENGTH} tokens for the clock, {machine()}, {args.threads} "
+        f"thread(s), float32; milliseconds a text, medians of {args.rounds} interleaved rounds. Window and threshold "
+        f"of TOKEE; layers count the padding that runs until the first word halts; frozen: {args.norm}, halted words: "
+        f"{args.halted}, stage {args.stage} of the training.",
         "",
         "| | layers of 6 | F1, full depth | F1, as shipped | " + " | ".join(f"batch {size}" for size in TIMED) + " |",
         "|---|---|---|---|" + "---|" * len(TIMED),
@@ -197,7 +199,7 @@ def main() -> None:
         whole = batched(tokenizer, long, 64)
         threshold, taken = at_half(model, partial(make, window=5), whole, 3.0)
         pair = [contestants[0], Contestant("half", model, partial(exeunt.attach, model, make(threshold, window=5)))]
-        race(pair, whole, args.rounds, "half of the layers")
+        race(pair, whole, 2 * args.rounds, "half of the layers")
         a, b = (statistics.median(c.seconds) for c in pair)
         with torch.no_grad():
             run(pair[1], whole)
@@ -235,7 +237,8 @@ def plot(contestants: list[Contestant], times: dict[int, list[float]], path: Pat
     columns = [("layers", [c.layers for c in contestants])]
     columns += [(f"ms a text, batch {size}", values) for size, values in times.items()]
     kinds = (
-        ("TOKEE, w 5", "TOKEE, w 5", "o-"), ("TOKEE, w 15", "TOKEE, w 15", "v-"), ("SENTEE", "SENTEE", "d--"),
+        *((f"TOKEE, w {w},", f"TOKEE, w {w}", f"{mark}-") for w, mark in zip((1, 5, 15), "ov^", strict=True)),
+        ("SENTEE", "SENTEE", "d--"),
         ("cut", "cut after a layer", "s--"), ("full", "full depth", "*"),
     )  # fmt: skip
     for ax, (label, xs) in zip(axes, columns, strict=True):

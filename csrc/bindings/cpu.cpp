@@ -30,30 +30,73 @@ void small_head(SmallHeadParams& p, uintptr_t workspace, int threads) {
   cpu::small_head(p);
 }
 
-int64_t classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int64_t tokens,
-                 int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
-                 uintptr_t logits, uintptr_t argmax, uintptr_t statistics, int measure, float threshold,
-                 uintptr_t leave, uintptr_t workspace, int threads) {
-  SmallHeadParams p = small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits);
-  p.workspace = reinterpret_cast<void*>(workspace);
-  p.threads = threads;
+// States [rows, tokens, width]: strides in elements, unit stride along the width; and which tokens count.
+void set_states(SmallHeadParams& p, int64_t tokens, int64_t token_stride, uintptr_t mask, int64_t mask_stride) {
   p.tokens = tokens;
   p.token_stride = token_stride;
   p.mask = reinterpret_cast<const uint8_t*>(mask);
   p.mask_stride = mask_stride;
-  if (argmax) {
-    p.argmax = reinterpret_cast<int64_t*>(argmax);
-    p.top1 = reinterpret_cast<float*>(statistics);
-    p.top2 = p.top1 + rows;
-    p.sumexp = p.top2 + rows;
-    p.weighted = p.sumexp + rows;
-  }
-  p.measure = static_cast<Measure>(measure);
-  p.threshold = threshold;
-  p.leave = reinterpret_cast<uint8_t*>(leave);
-  py::gil_scoped_release release;
-  return cpu::small_head(p);
 }
+
+void classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int64_t tokens,
+              int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
+              uintptr_t logits, uintptr_t argmax, uintptr_t statistics, uintptr_t workspace, int threads) {
+  SmallHeadParams p = small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits);
+  p.workspace = reinterpret_cast<void*>(workspace);
+  p.threads = threads;
+  set_states(p, tokens, token_stride, mask, mask_stride);
+  p.argmax = reinterpret_cast<int64_t*>(argmax);
+  p.top1 = reinterpret_cast<float*>(statistics);
+  p.top2 = p.top1 + rows;
+  p.sumexp = p.top2 + rows;
+  p.weighted = p.sumexp + rows;
+  py::gil_scoped_release release;
+  cpu::small_head(p);
+}
+
+// What a check is told once, so that a call brings only the states. Its memory, 64-byte aligned:
+//
+//   | logits [rows, classes] | who leaves [rows], a byte each | workspace |
+class Check {
+ public:
+  Check(const Layer& pooler, const Layer& head, int64_t width, bool mean, int measure, float threshold)
+      : p_(small_head_params(0, 0, 0, 0, width, pooler, head, 0)), mean_(mean) {
+    p_.measure = static_cast<Measure>(measure);
+    p_.threshold = threshold;
+  }
+
+  int64_t room(int64_t rows, int threads) const {
+    return workspace_at(rows) +
+           cpu::small_head_workspace(p_.head.weight.dtype, p_.width, p_.pooled ? p_.pooler.outputs : 0, rows, threads);
+  }
+
+  int64_t judge(uintptr_t hidden, int hidden_dtype, const std::array<int64_t, 3>& shape,
+                const std::array<int64_t, 3>& strides, uintptr_t mask, int64_t mask_stride, uintptr_t memory,
+                int threads) const {
+    if (shape[2] != p_.width || strides[2] != 1) return -1;
+    SmallHeadParams p = p_;
+    p.hidden = reinterpret_cast<const void*>(hidden);
+    p.hidden_dtype = static_cast<DType>(hidden_dtype);
+    p.hidden_stride = strides[0];
+    p.rows = shape[0];
+    if (mean_) set_states(p, shape[1], strides[1], mask, mask_stride);
+    p.out = reinterpret_cast<float*>(memory);
+    p.leave = reinterpret_cast<uint8_t*>(memory + logits_bytes(p.rows));
+    p.workspace = reinterpret_cast<void*>(memory + workspace_at(p.rows));
+    p.threads = threads;
+    py::gil_scoped_release release;
+    return cpu::small_head(p);
+  }
+
+ private:
+  uintptr_t logits_bytes(int64_t rows) const { return static_cast<uintptr_t>(rows * p_.head.outputs) * sizeof(float); }
+  uintptr_t workspace_at(int64_t rows) const {
+    return (logits_bytes(rows) + static_cast<uintptr_t>(rows) + 63) / 64 * 64;
+  }
+
+  SmallHeadParams p_;
+  bool mean_;
+};
 
 const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
 
@@ -103,15 +146,21 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
         py::arg("width"), py::arg("tokens"), py::arg("token_stride"), py::arg("mask"), py::arg("mask_stride"),
         py::arg("pooler"), py::arg("head"), py::arg("logits"), py::arg("argmax"), py::arg("statistics"),
-        py::arg("measure"), py::arg("threshold"), py::arg("leave"), py::arg("workspace"), py::arg("threads"),
-        "Mean over tokens, pooler, head, statistics and, with a measure, who leaves: how many rows, or -1 where a "
-        "score lies too near to the threshold; see exeunt.ops.classify.");
+        py::arg("workspace"), py::arg("threads"),
+        "Mean over tokens, pooler, head and statistics; see exeunt.ops.classify.");
+  py::class_<Check>(m, "Check", "classify and a threshold, for one exit; see exeunt.ops.Check.")
+      .def(py::init<const Layer&, const Layer&, int64_t, bool, int, float>(), py::arg("pooler"), py::arg("head"),
+           py::arg("width"), py::arg("mean"), py::arg("measure"), py::arg("threshold"))
+      .def("room", &Check::room, py::arg("rows"), py::arg("threads"), "Bytes of memory for up to that many rows.")
+      .def("judge", &Check::judge, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("shape"), py::arg("strides"),
+           py::arg("mask"), py::arg("mask_stride"), py::arg("memory"), py::arg("threads"),
+           "How many rows leave; -1 where a score lies too near to the threshold, or states are not to be read so.");
   m.def(
       "small_head_workspace",
-      [](int weight, int64_t width, int64_t pooler, int threads) {
-        return cpu::small_head_workspace(static_cast<DType>(weight), width, pooler, threads);
+      [](int weight, int64_t width, int64_t pooler, int64_t rows, int threads) {
+        return cpu::small_head_workspace(static_cast<DType>(weight), width, pooler, rows, threads);
       },
-      py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("threads"),
+      py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("rows"), py::arg("threads"),
       "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
   m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),

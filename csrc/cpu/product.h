@@ -26,9 +26,10 @@ struct Tile {
 };
 
 // Rows [vocab, vocab + count) of a weight, or of the list `columns` of its rows. They are read where they lie, or
-// copied to `panel` first: from a list, or if the last line is short (zeros fill it) or the tile itself is (what lies
-// beyond its rows is left as it was: the epilogue must not use those products). `panel` has room for the tile and
-// sixteen scales. (A copy for tiles that many hidden rows read was slower.)
+// copied to `panel` first: from a list, or if the last line is short or the tile itself is. Zeros fill both: the
+// epilogue does not use those products, but a multiply-add of whatever lay there (subnormal numbers, say) takes the
+// processor fifty times as long. `panel` has room for the tile and sixteen scales. (A copy for tiles that many hidden
+// rows read was slower.)
 static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int count, const int64_t* columns,
                            char* panel) {
   const int64_t bytes = width * element_bytes(w.dtype), lines = lines_of(w.dtype, width);
@@ -51,6 +52,8 @@ static inline Tile tile_of(const WeightArg& w, int64_t width, int64_t vocab, int
     }
     if (w.scale) scale[i] = w.scale[v];
   }
+  for (int64_t l = 0; count < kTile && l < lines; ++l)
+    __builtin_memset(panel + (l * kTile + count) * kLine, 0, static_cast<uint64_t>((kTile - count) * kLine));
   tile.data = panel;
   tile.row_stride = kLine;
   tile.line_stride = kTile * kLine;

@@ -1,5 +1,5 @@
-// Small heads on CPU: blocks of rows go through norm, pooler and head one after the other, while they are in cache.
-// Statistics of few classes, and a plain threshold on them, are scalar work beside that.
+// Small heads on CPU: blocks of rows go through mean or norm, pooler, head, statistics and a plain threshold one after
+// the other, while they are in cache. Blocks are what threads share out: a tagger judges thousands of rows.
 //
 //   workspace per thread: | row as doubles, as floats | packed rows, RowScale | pooled rows | panel |
 #include "cpu/small_head.h"
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "core/exit_stats.h"
 #include "cpu/isa.h"
@@ -17,43 +18,74 @@
 namespace exeunt::cpu {
 namespace {
 
-constexpr int64_t kRows = 16;            // rows of a block
+constexpr int64_t kRows = 16;            // rows of a block at most
 constexpr double kSerialWork = 1 << 20;  // multiply-adds below which a parallel region costs more than it saves
 
 struct Layout {
   int64_t row, packed, scale, pooled, panel, total;
-  Layout(DType weight, int64_t width, int64_t pooler) {
+  Layout(DType weight, int64_t width, int64_t pooler, int64_t all_rows) {
+    const int64_t rows = std::min(kRows, all_rows);
     const int64_t widest = std::max(width, pooler);
     row = round_up(widest * 8, 64);
     packed = row + round_up(widest * 4, 64);
-    scale = packed + round_up(selected_isa().rows_bytes(weight, kRows, widest), 64);
-    pooled = scale + round_up(kRows * static_cast<int64_t>(sizeof(RowScale)), 64);
-    panel = pooled + round_up(kRows * pooler * 4, 64);
+    scale = packed + round_up(selected_isa().rows_bytes(weight, rows, widest), 64);
+    pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
+    panel = pooled + round_up(rows * pooler * 4, 64);
     total = panel + 16 * round_up(widest * element_bytes(weight), 64) + 64;
   }
 };
 
-// mean[0..width) of the tokens of a row that count; the order of the sum does not see the others.
-void mean_of_tokens(const SmallHeadParams& p, int64_t row, double* sum, float* mean) {
-  const uint8_t* counts = p.mask ? p.mask + row * p.mask_stride : nullptr;
-  std::fill(sum, sum + p.width, 0.0);
-  int64_t n = 0;
-  typed(p.hidden, p.hidden_dtype, [&](auto* h) {
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      if (counts && !counts[t]) continue;
-      ++n;
-      auto* token = h + row * p.hidden_stride + t * p.token_stride;
-      for (int64_t d = 0; d < p.width; ++d) sum[d] += to_float(token[d]);
-    }
-  });
-  const double share = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
-  for (int64_t d = 0; d < p.width; ++d) mean[d] = static_cast<float>(sum[d] * share);
+// No more than there are blocks.
+int threads_for(int64_t rows, int threads) {
+  return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
 }
 
+// mean[0..width) of the tokens of a row that count; the order of the sum does not see the others. The sums of a strip
+// of the width stay in registers.
+void mean_of_tokens(const SmallHeadParams& p, int64_t row, float* mean) {
+  constexpr int64_t kStrip = 16;
+  const uint8_t* counts = p.mask ? p.mask + row * p.mask_stride : nullptr;
+  int64_t n = counts ? 0 : p.tokens;
+  for (int64_t t = 0; counts && t < p.tokens; ++t) n += counts[t] != 0;
+  const double share = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
+  typed(p.hidden, p.hidden_dtype, [&](auto* h) {
+    h += row * p.hidden_stride;
+    const auto strip = [&](int64_t begin, auto width) {
+      double sum[kStrip] = {};
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        if (counts && !counts[t]) continue;
+        const auto* token = h + t * p.token_stride + begin;
+        for (int64_t d = 0; d < width; ++d) sum[d] += to_float(token[d]);
+      }
+      for (int64_t d = 0; d < width; ++d) mean[begin + d] = static_cast<float>(sum[d] * share);
+    };
+    int64_t d = 0;
+    for (; d + kStrip <= p.width; d += kStrip) strip(d, std::integral_constant<int64_t, kStrip>());
+    if (d < p.width) strip(d, p.width - d);
+  });
+}
+
+// As exit_stats_merge over single logits, with one exponential each: the largest is known before anything is summed.
 ExitStats stats_of(const float* logits, int64_t classes) {
   ExitStats s = exit_stats_empty();
-  for (int64_t c = 0; c < classes; ++c) s = exit_stats_merge(s, exit_stats_of(logits[c], static_cast<int32_t>(c)));
-  return exit_stats_finish(s);
+  for (int64_t c = 0; c < classes; ++c) {
+    const float z = logits[c];
+    if (!(z < std::numeric_limits<float>::infinity())) return exit_stats_flagged();
+    if (z > s.top1) {
+      s.top2 = s.top1;
+      s.top1 = z;
+      s.argmax = static_cast<int32_t>(c);
+    } else if (z > s.top2) {
+      s.top2 = z;
+    }
+  }
+  if (s.argmax < 0) return exit_stats_flagged();
+  for (int64_t c = 0; c < classes; ++c) {
+    const float below = logits[c] - s.top1, e = std::exp(below);
+    s.sumexp += e;
+    if (e > 0.0f) s.weighted += below * e;
+  }
+  return s;
 }
 
 double score_of(const ExitStats& s, Measure measure, int64_t classes) {
@@ -76,29 +108,54 @@ double score_of(const ExitStats& s, Measure measure, int64_t classes) {
   return std::numeric_limits<double>::quiet_NaN();
 }
 
-// 1: leave, 0: stay, -1: float32 arithmetic in another order might say something else.
-int decide(double score, const SmallHeadParams& p) {
-  if (!std::isfinite(score)) return 0;
-  if (std::abs(score - p.threshold) <= 1e-5 * (1.0 + std::abs(score))) return -1;
-  return score > p.threshold;
+// How many rows leave, and of how many float32 arithmetic in another order might say something else.
+struct Verdict {
+  int64_t gone = 0, unsure = 0;
+};
+
+// Statistics and verdict of rows [begin, begin + rows), whose logits are there.
+Verdict judge(const SmallHeadParams& p, int64_t begin, int64_t rows) {
+  Verdict v;
+  for (int64_t n = begin; n < begin + rows && (p.argmax || p.measure != Measure::none); ++n) {
+    const ExitStats s = stats_of(p.out + n * p.head.outputs, p.head.outputs);
+    if (p.argmax) {
+      p.argmax[n] = s.argmax;
+      p.top1[n] = s.top1;
+      p.top2[n] = s.top2;
+      p.sumexp[n] = s.sumexp;
+      p.weighted[n] = s.weighted;
+    }
+    if (p.measure == Measure::none) continue;
+    const double score = score_of(s, p.measure, p.head.outputs);
+    const bool leaves = std::isfinite(score) && score > p.threshold;
+    p.leave[n] = leaves;
+    v.gone += leaves;
+    v.unsure += std::isfinite(score) && std::abs(score - p.threshold) <= 1e-5 * (1.0 + std::abs(score));
+  }
+  return v;
 }
 
 }  // namespace
 
-int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int threads) {
-  return std::max(1, threads) * Layout(weight, width, pooler).total;
+int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int64_t rows, int threads) {
+  return threads_for(rows, threads) * Layout(weight, width, pooler, rows).total;
 }
 
 int64_t small_head(const SmallHeadParams& p) {
   const LayerArg& first = p.pooled ? p.pooler : p.head;
-  const Layout layout(p.head.weight.dtype, p.width, p.pooled ? p.pooler.outputs : 0);
+  const Layout layout(p.head.weight.dtype, p.width, p.pooled ? p.pooler.outputs : 0, p.rows);
   const Isa& isa = selected_isa();
   const int64_t blocks = (p.rows + kRows - 1) / kRows;
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(first.outputs + p.tokens - 1) * static_cast<double>(p.width);
-  const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
+  const int threads = work < kSerialWork ? 1 : threads_for(p.rows, p.threads);
 
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  // What already is what the product reads is not widened and rounded.
+  const bool as_it_is = p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
+                        p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
+  int64_t gone = 0, unsure = 0;
+
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(+ : gone, unsure)
   for (int64_t block = 0; block < blocks; ++block) {
     char* base = static_cast<char*>(p.workspace) + omp_get_thread_num() * layout.total;
     double* wide = reinterpret_cast<double*>(base);
@@ -107,14 +164,18 @@ int64_t small_head(const SmallHeadParams& p) {
     const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale)};
     const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
     for (int64_t r = 0; r < rows; ++r) {
+      const float* ready = row;
+      const int64_t at = (begin + r) * p.hidden_stride;
       if (p.tokens > 1 || p.mask) {
-        mean_of_tokens(p, begin + r, wide, row);
-        normalise(row, DType::float32, 0, p.width, p.norm, first.weight.dtype, row, wide);
+        mean_of_tokens(p, begin + r, row);
+        if (first.weight.dtype != DType::float32)
+          for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(first.weight.dtype, row[d]);
+      } else if (as_it_is) {
+        ready = static_cast<const float*>(p.hidden) + at;
       } else {
-        normalise(p.hidden, p.hidden_dtype, (begin + r) * p.hidden_stride, p.width, p.norm, first.weight.dtype, row,
-                  wide);
+        normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
       }
-      isa.pack_row(first.weight.dtype, row, p.width, r, x);
+      isa.pack_row(first.weight.dtype, ready, p.width, r, x);
     }
     if (p.pooled) {
       isa.linear_rows({&p.pooler, x, rows, base + layout.panel, pooled});
@@ -125,25 +186,11 @@ int64_t small_head(const SmallHeadParams& p) {
       }
     }
     isa.linear_rows({&p.head, x, rows, base + layout.panel, p.out + begin * p.head.outputs});
+    const Verdict v = judge(p, begin, rows);
+    gone += v.gone;
+    unsure += v.unsure;
   }
-
-  int64_t gone = 0;
-  for (int64_t n = 0; n < p.rows && (p.argmax || p.measure != Measure::none); ++n) {
-    const ExitStats s = stats_of(p.out + n * p.head.outputs, p.head.outputs);
-    if (p.argmax) {
-      p.argmax[n] = s.argmax;
-      p.top1[n] = s.top1;
-      p.top2[n] = s.top2;
-      p.sumexp[n] = s.sumexp;
-      p.weighted[n] = s.weighted;
-    }
-    if (p.measure != Measure::none && gone >= 0) {
-      const int leaves = decide(score_of(s, p.measure, p.head.outputs), p);
-      p.leave[n] = leaves == 1;
-      gone = leaves < 0 ? -1 : gone + leaves;
-    }
-  }
-  return gone;
+  return unsure ? -1 : gone;
 }
 
 void saturation(const SaturationParams& p) {

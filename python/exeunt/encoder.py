@@ -18,7 +18,6 @@ was traced holds (:mod:`exeunt.models.encoder_structure`): between two layers th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -147,6 +146,7 @@ class AttachedEncoder(Plug):
         self._heads: ClassifierHeads = recipe.heads
         ats = [At(k, layer, len(exits)) for k, layer in enumerate(exits)]
         self._exits = {at.layer: (at, self._kernel_check(at)) for at in ats}
+        self._checks = [check for _, check in self._exits.values() if check is not None]
 
     def _kernel_check(self, at: At) -> ops.Check | None:
         """The check of an exit in one call of a kernel, where one can make it: a plain head, a plain threshold."""
@@ -217,9 +217,9 @@ class AttachedEncoder(Plug):
             hidden = args[0] if args else kwargs[names[0]]
             if i == 0:
                 self._start(run, hidden)
-            else:
+            elif run.groups:
                 self._judge(i - 1, run, hidden)
-            if run.whole:
+            if run.final is None:
                 out = stock(*args, **kwargs)
                 run.returned = len(out) if isinstance(out, tuple) else 0
                 group = run.groups[0]
@@ -244,6 +244,7 @@ class AttachedEncoder(Plug):
         if run.mask is not None:  # None without padding: a mean over all tokens is one call
             run.mask = None if bool(run.mask.all()) else run.mask != 0
         run.groups = [Group(None, hidden, run.mask, {}, state)]
+        run.room = ops.Check.room(self._checks, hidden)
 
     def _gathered(self, run: Forward) -> Tensor:
         """After the last layer: the states of all rows in their places."""
@@ -257,31 +258,34 @@ class AttachedEncoder(Plug):
 
     def _judge(self, layer: int, run: Forward, hidden: Tensor) -> None:
         """After a layer: let exit heads look at the rows that run, and those go that the policy releases."""
-        groups = run.groups
         if run.final is None:
-            groups[0].hidden = hidden
-        if not groups or not (self._heads.observes or layer in self._exits):
+            run.groups[0].hidden = hidden
+        exit, observes = self._exits.get(layer), self._heads.observes
+        if exit is None and not observes:
             return
-        with contextlib.nullcontext() if not torch.is_grad_enabled() else torch.no_grad():
-            if self._heads.observes:
-                for group in groups:
-                    self._heads.observe(View(group.hidden, group.mask, layer, group.memory))
-            if layer not in self._exits:
-                return
-            at, check = self._exits[layer]
-            if self.recipe.policy.looks(at):
-                run.groups = [left for group in groups for left in self._release(at, check, group, run)]
-            elif self._heads.remembers:
-                for group in groups:
-                    self._point(layer, group)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._judge(layer, run, hidden)
+        if observes:
+            for group in run.groups:
+                self._heads.observe(View(group.hidden, group.mask, layer, group.memory))
+        if exit is None:
+            return
+        at, check = exit
+        if self.recipe.policy.looks(at):
+            run.groups = [left for group in run.groups for left in self._release(at, check, group, run)]
+        elif self._heads.remembers:
+            for group in run.groups:
+                self._point(layer, group)
 
     def _release(self, at: At, check: ops.Check | None, group: Group, run: Forward) -> Sequence[Group]:
         """Let go the rows of a group that may leave; the others."""
-        n, policy = len(group), self.recipe.policy
+        n = len(group)
         run.checks += n
-        gone, out = (-1, None) if check is None else check(group.hidden, group.mask)
+        gone, out = (-1, None) if run.room is None or check is None else check(group.hidden, group.mask, run.room)
         if not gone:
             return (group,)
+        policy = self.recipe.policy
         if gone > 0:
             assert check is not None and out is not None
             logits, leave = check.logits(out, n), check.leave(out, n) if gone < n else None

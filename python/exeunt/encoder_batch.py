@@ -80,6 +80,8 @@ class Forward:
         [B, C] of rows that left, zeros for the others.
     final : Tensor or None
         [B, S, D] states of rows that left, in their places; None while none has.
+    room : Tensor or None
+        What checks in one call share; None where there are none.
     """
 
     depth: Tensor
@@ -92,6 +94,7 @@ class Forward:
         self.returned = 0  # how many things a layer returns beside the tensor, if it returns a tuple
         self.groups: list[Group] = []
         self.final: Tensor | None = None
+        self.room: Tensor | None = None
         self.lengths: Tensor | None = None
         self.started = time.perf_counter()
 

@@ -44,6 +44,7 @@ class TokenForward:
         self.padded = len(place) < batch * length
         self.next = self.returned = self.layer_tokens = self.key_tokens = self.checks = 0
         self.whole = True  # no word has halted
+        self.judged = False
         self.halted = torch.zeros(len(self.words), dtype=torch.bool, device=words.device)
         self.label = torch.full_like(self.words.first, -1)  # of words that have halted
         self.state: State | None = None
@@ -72,6 +73,9 @@ class TokenForward:
             [T, D] states after it.
         pieces : {"all", "first"}
         """
+        if self.judged and not bool(leave.any()):
+            return  # rows without a word have ended at the first exit
+        self.judged = True
         words, batch = self.words, self.size[0]
         self.halted = self.halted | leave
         self.label = torch.where(leave, label, self.label)

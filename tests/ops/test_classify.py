@@ -106,6 +106,55 @@ def test_a_check_reads_the_first_token_and_follows_its_weights():
     assert check(hidden[..., :5], None)[0] == -1
 
 
+def test_many_rows_are_shared_out_among_threads(isa):
+    hidden, _, weight, bias, _ = inputs(n=700, s=1, d=130, v=35)  # as many as a tagger's batch has tokens, or more
+    hidden[5], weight[3] = math.nan, weight[2]  # two labels tie
+    check = ops.Check(weight, bias, measure="neg_normalized_entropy", threshold=-0.35, tokens=False)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            logits, stats = ops.classify(hidden[:, 0], weight, bias)
+            gone, out = check(hidden, None)
+            found.append((gone, check.leave(out, 700).clone(), check.logits(out, 700).clone(), logits, *stats[:5]))
+    finally:
+        torch.set_num_threads(threads)
+    own = reference.classify(found[0][3], torch.eye(35))[1]
+    assert 50 < found[0][0] == int(found[0][1].sum()) < 650 and not found[0][1][5] and own.argmax[5] == -1
+    for other in found:
+        assert other[0] == found[0][0]
+        for a, b in zip(other[1:], found[0][1:], strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    for a, b in zip(found[0][4:], own[:5], strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "row", [[-math.inf, 2.0, 2.0], [-math.inf] * 3, [math.inf, 0, 0], [0, math.nan, 1], [3e38, -3e38, -math.inf], [5.0]]
+)
+def test_statistics_of_unusual_rows(isa, row):
+    z = torch.tensor([row])
+    zeros = torch.zeros(1, 4)
+    found = ops.classify(zeros, torch.zeros(len(row), 4), z[0])[1]
+    expected = reference.classify(zeros, torch.zeros(len(row), 4), z[0])[1]
+    for a, b in zip(found[:5], expected[:5], strict=True):
+        assert torch.allclose(a, b, equal_nan=True), (row, found, expected)
+
+
+def test_checks_share_a_room():
+    hidden, mask, weight, bias, pooler = inputs(p=33)
+    wide = ops.Check(weight, bias, **pooler, measure="margin", threshold=0.2, tokens=True)
+    plain = ops.Check(weight.new_ones(7, 70), measure="margin", threshold=0.2, tokens=True)
+    room = ops.Check.room((wide, plain), hidden)
+    gone, out = wide(hidden, mask, room)
+    assert out is room
+    first = wide.leave(out, 9).clone()
+    assert plain(hidden[:4], None, room)[0] == 0  # all labels tie
+    assert (gone, first.tolist()) == (wide(hidden, mask)[0], wide.leave(wide(hidden, mask)[1], 9).tolist())
+    with torch.device("meta"):
+        assert ops.Check.room((wide,), torch.zeros(2, 3, 70)) is None
+
+
 def test_registered_and_without_a_gradient():
     hidden, mask, weight, bias, pooler = inputs(p=12)
     args = (hidden, torch.nn.Parameter(weight), bias, mask, pooler["pooler_weight"], pooler["pooler_bias"], "tanh")

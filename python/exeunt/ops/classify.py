@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ _SCHEMA = (
     "str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-_empty, _bytes = torch.empty, torch.uint8
+_DTYPES, _threads = _backend.DTYPES, torch.get_num_threads
 
 
 def classify(
@@ -129,11 +130,11 @@ def _forward(
     argmax = torch.empty(n, dtype=torch.int64)
     if n:
         pooler = layer_arg(pooler_weight, pooler_bias, activation)
-        workspace = workspace_for(weight, d, pooler, threads)
+        workspace = workspace_for(weight, d, pooler, n, threads)
         states, kept = _states(hidden, mask)
         cpu.classify(
             *states, pooler, layer_arg(weight, bias, "none"), logits.data_ptr(), argmax.data_ptr(),
-            statistics.data_ptr(), 0, 0.0, 0, workspace.data_ptr(), threads,
+            statistics.data_ptr(), workspace.data_ptr(), threads,
         )  # fmt: skip
         del kept
     return logits, argmax, *statistics.unbind(0)
@@ -159,8 +160,8 @@ def _states(hidden: Tensor, mask: Tensor | None) -> tuple[tuple[int, ...], tuple
 class Check:
     """:func:`classify` and a plain threshold on its confidence in one call of the kernel, which says how many leave.
 
-    For exits in a loop: what does not change from call to call is put together once. Weights are read where they lie at
-    the time of the call.
+    For exits in a loop, where between two layers whatever a call touches has to come back into the cache: what is the
+    same from call to call is put together once, and calls of one forward share their memory (:meth:`room`).
 
     Parameters
     ----------
@@ -204,15 +205,51 @@ class Check:
         self._tensors = [t for t in (weight, bias, pooler_weight, pooler_bias) if t is not None]
         self._weight, self._classes = weight, weight.shape[0]
         self._width = (weight if pooler_weight is None else pooler_weight).shape[1]
-        self._measure, self._threshold, self._tokens = self.MEASURES[measure], float(threshold), tokens
-        self._where: list[int | torch.dtype] = []
+        self._decides = (tokens, self.MEASURES[measure], float(threshold))
+        self._mean = tokens
+        self._where: list[int] = []
+        self._needs = (0, 0, 0)  # rows, threads, and the bytes that they take
 
     @staticmethod
     def runs_on(weight: Tensor) -> bool:
         """Whether the kernel takes heads of such a weight."""
         return _backend.cpu is not None and weight.is_cpu and weight.dtype in _backend.DTYPES
 
-    def __call__(self, hidden: Tensor, mask: Tensor | None) -> tuple[int, Tensor]:
+    def _bytes(self, rows: int, threads: int) -> int:
+        """Memory that a call takes; and find the weights again if they have been put elsewhere."""
+        where = [t.data_ptr() for t in self._tensors]
+        if where != self._where:
+            cpu: Any = _backend.cpu
+            self._bound = cpu.Check(layer_arg(*self._pooler), layer_arg(*self._head), self._width, *self._decides)
+            self._where, self._needs = where, (0, 0, 0)
+        known_rows, known_threads, size = self._needs
+        if rows != known_rows or threads != known_threads:
+            size = self._bound.room(rows, threads)
+            self._needs = rows, threads, size
+        return size
+
+    @staticmethod
+    def room(checks: Sequence[Check], hidden: Tensor) -> Tensor | None:
+        """Memory that calls of some checks can share, one after the other, each overwriting what the last one found.
+
+        Parameters
+        ----------
+        checks : sequence of Check
+            Their weights are looked up now.
+        hidden : Tensor
+            [n, S, D]: states like this, of as many rows or fewer, are to come.
+
+        Returns
+        -------
+        Tensor or None
+            uint8; None where the kernel does not serve, since something traces.
+        """
+        if not (checks and hidden.is_cpu and _backend.direct(hidden, hidden)):
+            return None
+        rows, threads = hidden.shape[0], _threads()
+        return torch.empty(max([check._bytes(rows, threads) for check in checks]), dtype=torch.uint8)
+
+    def __call__(self, hidden: Tensor, mask: Tensor | None, room: Tensor | None = None) -> tuple[int, Tensor]:
         """Judge n rows.
 
         Parameters
@@ -221,6 +258,8 @@ class Check:
             [n, S, D].
         mask : Tensor or None
             [n, S] bool, for means.
+        room : Tensor, optional
+            From :meth:`room`; by default this call has its own.
 
         Returns
         -------
@@ -228,32 +267,21 @@ class Check:
             How many leave; -1 where the kernel cannot tell: a score lies too near to the threshold, or something
             traces. :func:`classify` then says what there is to know.
         out : Tensor
-            For :meth:`logits` and :meth:`leave`.
+            For :meth:`logits` and :meth:`leave`; the room.
         """
-        where: list[int | torch.dtype] = [t.data_ptr() for t in self._tensors]
-        where.append(self._weight.dtype)
-        if where != self._where:
-            self._args, self._where = (layer_arg(*self._pooler), layer_arg(*self._head)), where
-        (n, length, d), (row, token, unit) = hidden.shape, hidden.stride()
-        if not self._tokens:
-            length, mask = 1, None
-        readable = unit == 1 and d == self._width and (mask is None or mask.stride(1) == 1)
-        if not (readable and hidden.is_cpu and _backend.direct(hidden, self._weight)):
+        if room is None:
+            room = self.room((self,), hidden)
+        at = step = 0
+        if mask is not None and self._mean:
+            (step, unit), at = mask.stride(), mask.data_ptr()
+            room = room if unit == 1 else None
+        if room is None:
             return -1, hidden
-        cpu: Any = _backend.cpu
-        threads = torch.get_num_threads()
-        pooler, head = self._args
-        leave = _aligned(n * self._classes * 4)
-        work = leave + _aligned(n)
-        # the logits, a byte a row, then what the kernel works in
-        out = _empty(work + cpu.small_head_workspace(head[0][1], d, pooler[2], threads), dtype=_bytes)
-        at = out.data_ptr()
-        gone = cpu.classify(
-            hidden.data_ptr(), _backend.DTYPES[hidden.dtype], row, n, d, length, token,
-            *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))), pooler, head, at, 0, 0,
-            self._measure, self._threshold, at + leave, at + work, threads,
+        gone = self._bound.judge(
+            hidden.data_ptr(), _DTYPES[hidden.dtype], hidden.shape, hidden.stride(), at, step,
+            room.data_ptr(), _threads(),
         )  # fmt: skip
-        return gone, out
+        return gone, room
 
     def logits(self, out: Tensor, rows: int) -> Tensor:
         """Logits [rows, V]: a view of what a call returned."""
@@ -261,12 +289,8 @@ class Check:
 
     def leave(self, out: Tensor, rows: int) -> Tensor:
         """Who leaves, [rows] bool: a view of it."""
-        begin = _aligned(rows * self._classes * 4)
+        begin = rows * self._classes * 4
         return out[begin : begin + rows].view(torch.bool)
-
-
-def _aligned(size: int) -> int:
-    return (size + 63) // 64 * 64
 
 
 def _fake(hidden: Tensor, weight: Tensor, *args: object) -> tuple[Tensor, ...]:

@@ -5,23 +5,18 @@ offered, follows the code. ``docs/systems.md`` is generated from the notes of th
 """
 
 from exeunt.recipes.classifiers import (
-    act,
-    beem,
     berxit,
     cascadebert,
     cats,
     deebert,
-    elbert,
-    ensemble,
     fastbert,
     gpf,
-    leebert,
-    pabee,
     right_tool,
     shallow_deep,
 )
 from exeunt.recipes.generators import calm, free, skipdecode, specee
 from exeunt.recipes.recipe import Recipe
+from exeunt.recipes.successive import act, beem, elbert, ensemble, leebert, pabee
 from exeunt.recipes.taggers import sentee, tokee
 
 __all__ = [
