@@ -200,12 +200,13 @@ def test_models_with_attention_of_their_own_keep_it(name):
     )
 
 
-def test_rows_apart_without_a_kernel(monkeypatch):
-    """Rows that left are passed over where torch's attention serves, too, which knows no rows of a cache."""
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding window"])
+def test_without_a_kernel(name, monkeypatch):
+    """Prompts of few tokens are causal and rows that left are passed over where torch's attention serves, too."""
     runs = []
-    for name in ("sdpa", exeunt.register_attention()):
+    for implementation in ("sdpa", exeunt.register_attention()):
         monkeypatch.setattr(attention, "_unable", lambda *args: "no kernel")
-        model = zoo.make("llama", attn_implementation=name)
+        model = zoo.make(name, attn_implementation=implementation)
         with exeunt.attach(model, exeunt.recipes.calm([0, 2], 0.5, confidence="margin")) as early:
             out = zoo.generate(model, zoo.inputs(model, batch=4))
         runs.append((out.sequences, torch.stack(out.logits), torch.cat(early.report().exit_layers)))

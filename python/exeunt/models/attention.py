@@ -102,10 +102,16 @@ def is_ranges(mask: Any) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.dtype in (torch.int64, torch.int32)
 
 
-def spelled_out(ranges: Tensor, keys: int) -> Tensor:
-    """[B, 1, 1, keys] bool of what each row sees, True is seen."""
+def spelled_out(ranges: Tensor, keys: int, count: int = 1, window: int | None = None) -> Tensor:
+    """[B, 1, count or 1, keys] bool of what each row's last ``count`` tokens see, True is seen."""
     at = torch.arange(keys, device=ranges.device)
-    return (at >= ranges[..., -2:-1]) & (at < ranges[..., -1:])
+    seen = (at >= ranges[..., -2:-1]) & (at < ranges[..., -1:])
+    if ranges.dtype == torch.int64 and (count > 1 or window is not None):
+        place = ranges[..., -1:] - torch.arange(count, 0, -1, device=ranges.device)[:, None]
+        seen = seen & (at <= place)
+        if window is not None:
+            seen = seen & (at > place - window)
+    return seen
 
 
 def attend_apart(mask: Any, rows: Tensor, ends: Tensor, seen: Tensor) -> Tensor | None:
@@ -242,7 +248,7 @@ def _attend(
         if is_ranges(attention_mask):
             if attention_mask.shape[-1] == 3:  # rows of the cache as it lies
                 key, value = (t.index_select(0, attention_mask[:, 0, 0, 0]) for t in (key, value))
-            attention_mask = spelled_out(attention_mask, key.shape[2])
+            attention_mask = spelled_out(attention_mask, key.shape[2], query.shape[2], kwargs.get("sliding_window"))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
