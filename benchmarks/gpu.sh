@@ -6,7 +6,7 @@
 # Needs torch with CUDA, nvcc, scikit-build-core, pybind11, cmake, ninja, pytest and scipy installed. Peers (Liger, Cut
 # Cross-Entropy, FlashInfer) are measured where they are installed.
 #
-# Less than ten minutes: what each part may take adds up to 595 s. A part that fails or runs out of its time is named at
+# Less than nine minutes: what each part may take adds up to 530 s. A part that fails or runs out of its time is named at
 # the end and does not keep the others from running; without a build there is nothing to run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -21,21 +21,21 @@ part() {  # SECONDS NAME COMMAND...
 
 CUDAARCHS=$(python -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}{\"a\" * (a == 9)}-real')")
 export CUDAARCHS EXEUNT_CUDA=ON
-part 110 build python -m pip install -q --no-build-isolation --no-deps .
+part 100 build python -m pip install -q --no-build-isolation --no-deps .
 [ ${#failed[@]} -eq 0 ] || exit 1
 python -m exeunt info
 
-part 90 tests python -m pytest -q -m gpu tests/ops tests/test_on_device.py tests/test_graphs_on_device.py
+part 80 tests python -m pytest -q -m gpu tests/ops tests/test_on_device.py tests/test_graphs_on_device.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
-    part 25 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=exeunt \
+    part 20 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=exeunt \
       python benchmarks/bench_cuda.py --small
   done
 else
   echo "skipped: no compute-sanitizer on PATH"
 fi
-part 160 benchmark python benchmarks/bench_cuda.py --out "$results"
-part 70 step python benchmarks/bench_cuda_step.py --out "$results"
-part 65 attach python benchmarks/bench_cuda_attach.py --out "$results"
+part 150 benchmark python benchmarks/bench_cuda.py --out "$results"
+part 60 step python benchmarks/bench_cuda_step.py --out "$results"
+part 60 attach python benchmarks/bench_cuda_attach.py --out "$results"
 printf '\n==== done (%d s): %s\n' "$SECONDS" "${failed[*]:-nothing failed}"
 [ ${#failed[@]} -eq 0 ]

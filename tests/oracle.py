@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from exeunt import reference
+from exeunt.models import CACHE_KEYWORD
 
 
 def tiny_llama(layers=6, vocab=203, seed=0, sharpen=3.0, **config):
@@ -152,7 +153,7 @@ class RunEverything:
 
     def layer(self, i, layer, hidden, *args, **kwargs):
         if i == 0:
-            decoding = hidden.shape[1] == 1 and kwargs["past_key_values"].get_seq_length() > 0
+            decoding = hidden.shape[1] == 1 and kwargs[CACHE_KEYWORD].get_seq_length() > 0
             last = len(self.model.model.layers) - 1
             self.depth, self.kept = (torch.full((len(hidden),), last), {}) if decoding else (None, {})
         if self.skipped == "nothing":
@@ -162,7 +163,7 @@ class RunEverything:
             return new
         left = self.depth < i
         if self.skipped == "nothing":
-            kwargs["past_key_values"].layers[i].keys[left, :, -1] = self.GONE
+            kwargs[CACHE_KEYWORD].layers[i].keys[left, :, -1] = self.GONE
         if self.skipped != "full":
             new = torch.where(left[:, None, None], hidden, new)
         if i in self.exits:
@@ -175,7 +176,7 @@ class RunEverything:
 
     def without_gone(self, kwargs, i, new):
         """Arguments of a layer that is to see no key that stands for nothing."""
-        layer = kwargs["past_key_values"].layers[i] if i < len(kwargs["past_key_values"].layers) else None
+        layer = kwargs[CACHE_KEYWORD].layers[i] if i < len(kwargs[CACHE_KEYWORD].layers) else None
         if layer is None or not layer.get_seq_length():
             return kwargs
         gone = torch.nn.functional.pad((layer.keys[:, 0, :, 0] == self.GONE), (0, new))[:, None, None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from exeunt.models import evaluating, near, own_cache, trial_forward
+from exeunt.models import CACHE_KEYWORD, evaluating, near, own_cache, trial_forward
 from exeunt.states import Evict
 
 if TYPE_CHECKING:
@@ -54,16 +54,16 @@ def try_state(early: Attached) -> None:
     try:
         with evaluating(model):
             with early.paused():
-                start = trial_forward(model, 2, 4, use_cache=True).past_key_values
+                start = trial_forward(model, 2, 4, use_cache=True)[CACHE_KEYWORD]
             cache = copy.deepcopy(start)
-            trial_forward(model, 2, 1, past_key_values=cache, use_cache=True)
+            trial_forward(model, 2, 1, **{CACHE_KEYWORD: cache}, use_cache=True)
             if isinstance(state, Evict):
                 _check_evicted(model, cache, name)
                 return
-            got = trial_forward(model, 2, 1, past_key_values=cache, use_cache=True).logits
+            got = trial_forward(model, 2, 1, **{CACHE_KEYWORD: cache}, use_cache=True).logits
             with early.paused():
                 for _ in range(2):
-                    want = trial_forward(model, 2, 1, past_key_values=start, use_cache=True).logits
+                    want = trial_forward(model, 2, 1, **{CACHE_KEYWORD: start}, use_cache=True).logits
             if not near(got, want):
                 raise ValueError(
                     f"attach: {name} does not give the output of full depth: expected layers that can run several "
@@ -86,7 +86,7 @@ def _check_evicted(model: Any, cache: Any, name: str) -> None:
                 layer.reserve()
                 for held in layer.storage:
                     held[rows, :, slots] = value
-        outputs.append(trial_forward(model, 2, 1, past_key_values=own, use_cache=True).logits)
+        outputs.append(trial_forward(model, 2, 1, **{CACHE_KEYWORD: own}, use_cache=True).logits)
     if not torch.equal(*outputs):
         raise ValueError(
             f"attach: {name} attends to keys that were evicted: expected layers that take a mask; Propagate works with "

@@ -113,7 +113,9 @@ class Oracle:
 
     def layer(self, i, layer, hidden, *args, **kwargs):
         if i == 0:
-            cache = next((kwargs[k] for k in ("past_key_values", "layer_past") if kwargs.get(k) is not None), None)
+            cache = next(
+                (kwargs[k] for k in ("cache", "past_key_values", "layer_past") if kwargs.get(k) is not None), None
+            )
             cache = cache if cache is not None else next((a for a in args if hasattr(a, "get_seq_length")), None)
             decoding = cache is not None and hidden.shape[1] == 1 and cache.get_seq_length() > 0
             self.depth = torch.full((len(hidden),), zoo.LAYERS - 1) if decoding else None

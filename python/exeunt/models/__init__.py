@@ -4,10 +4,9 @@ from exeunt.models import attention
 from exeunt.models.attention import register_attention
 from exeunt.models.discovery import discover, near, trial_forward
 from exeunt.models.encoder_structure import EncoderStructure, discover_encoder, encoder_in
-from exeunt.models.families import ATTENTION
+from exeunt.models.families import ATTENTION, CACHE_KEYWORD
 from exeunt.models.key_values import KeyValueWeights, rotary_of
 from exeunt.models.layer_call import (
-    CACHE_KEYWORD,
     KeyValues,
     LayerCall,
     LayerFunction,

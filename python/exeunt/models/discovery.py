@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exeunt.models.families import CACHE_KEYWORDS, LOGIT_BIAS, LOGIT_SCALES, SOFTCAP
+from exeunt.models.families import CACHE_KEYWORD, CACHE_KEYWORDS, LOGIT_BIAS, LOGIT_SCALES, SOFTCAP
 from exeunt.models.layer_call import KeyValues, LayerCall, LayerFunction, RowTaker, own_cache, stand_in
 from exeunt.models.structure import FinalNorm, HeadForm, Structure, eps_of, evaluating
 
@@ -57,7 +57,7 @@ def discover(model: Any) -> Structure:
     for layer in stack:
         if not CACHE_KEYWORDS & set(inspect.signature(layer.forward).parameters):
             raise ValueError(
-                f"attach: expected decoder layers that take past_key_values, got {type(layer).__name__} which does not"
+                f"attach: expected decoder layers that take a cache, got {type(layer).__name__} which does not"
             )
     with torch.no_grad(), evaluating(model):
         trace = _trace(model, decoder, stack, head)
@@ -147,7 +147,7 @@ def _trace(model: Any, decoder: nn.Module, stack: nn.ModuleList, head: Any) -> _
         raise ValueError(f"attach: expected at least two decoder layers, each called once, got {len(layers)} in {name}")
     if len(ends) != 1:
         raise ValueError(f"attach: expected one call of the output embedding in a forward of {name}, got {len(ends)}")
-    cache = getattr(out, "past_key_values", None)
+    cache = getattr(out, CACHE_KEYWORD, None)
     if not hasattr(own_cache(cache), "layers"):
         raise ValueError(f"attach: expected {name} to return a transformers.Cache, got {type(cache).__name__}")
     tail = tuple(calls[at[-1] + 1 :])
@@ -225,7 +225,7 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in trace.layers]
     handles += [layer.register_forward_hook(after) for layer in trace.layers]
     try:
-        trial_forward(model, 2, 1, past_key_values=trace.cache, use_cache=True)
+        trial_forward(model, 2, 1, **{CACHE_KEYWORD: trace.cache}, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 
-__all__ = ["ATTENTION", "CACHE_KEYWORDS", "KEY_WISE", "LOGIT_BIAS", "LOGIT_SCALES", "SOFTCAP"]
+__all__ = ["ATTENTION", "CACHE_KEYWORD", "CACHE_KEYWORDS", "KEY_WISE", "LOGIT_BIAS", "LOGIT_SCALES", "SOFTCAP"]
+
+
+def _cache_keyword() -> str:
+    try:
+        version = metadata.version("transformers")
+    except metadata.PackageNotFoundError:  # the ops do without
+        return "cache"
+    return "cache" if tuple(map(int, version.split(".")[:2])) >= (5, 24) else "past_key_values"
+
+
+#: How models and ``generate`` call their cache; whatever a layer calls it, in exeunt it is this too.
+CACHE_KEYWORD = _cache_keyword()
 
 #: How a decoder layer calls its cache.
-CACHE_KEYWORDS = {"past_key_values", "past_key_value", "layer_past"}
+CACHE_KEYWORDS = {"cache", "past_key_values", "past_key_value", "layer_past"}
 
 #: Arguments of a decoder layer whose last dimension is the keys that it attends to.
 KEY_WISE = ("attention_mask", "position_bias", "alibi")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exeunt.models.families import CACHE_KEYWORD
 from exeunt.models.structure import eps_of, evaluating
 from exeunt.ops import DTYPES, KVCache, KVLayer, KVStack, kv_fill
 from exeunt.ops._backend import kernels
@@ -161,7 +162,7 @@ def _observe(model: Any, layers: tuple[nn.Module, ...], vocabulary: int) -> list
     try:
         ids = torch.arange(1, _TOKENS + 1, device=device).remainder(vocabulary)[None]
         with evaluating(model):
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, **{CACHE_KEYWORD: cache}, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()

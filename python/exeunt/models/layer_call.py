@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from exeunt.models.attention import attend_apart, is_ranges, spelled_out
-from exeunt.models.families import CACHE_KEYWORDS, KEY_WISE
+from exeunt.models.families import CACHE_KEYWORD, CACHE_KEYWORDS, KEY_WISE
 
 __all__ = [
-    "CACHE_KEYWORD", "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "hide_keys", "own_cache", "spread",
+    "KeyValues", "LayerCall", "LayerFunction", "RowTaker", "hide_keys", "own_cache", "spread",
     "stand_in",
 ]  # fmt: skip
-
-CACHE_KEYWORD = "past_key_values"  # whatever a family calls it, here it is this
 
 
 class _Captured(Exception):
@@ -325,7 +323,7 @@ def _masked(mask: Tensor) -> Tensor:
 class LayerFunction:
     """A decoder layer's forward as it is now, called the same way in every family: ``function(hidden, **arguments)``.
 
-    Families call the first parameter and the cache by names of their own; here the cache is ``past_key_values``.
+    Families call the first parameter and the cache by names of their own; here the cache is ``CACHE_KEYWORD``.
 
     Parameters
     ----------
