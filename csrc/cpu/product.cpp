@@ -37,8 +37,15 @@ constexpr int kSums = kLanes == 16 ? 16 : 8;  // accumulators in registers; a mu
 constexpr int kMaxGroup = 4;                  // hidden rows that share one load of the weight
 // Measured, on 48 KB of L1: a block of D, with the hidden rows' part and the sums that wait, stays there.
 constexpr int64_t kFewRows = 16, kFewLines = 8, kManyLines = 12;  // lines of a block, up to so many rows and beyond
-constexpr int64_t kAhead = 12 * kTile * kLine;                    // bytes that a packed weight is fetched ahead
-constexpr int64_t kTileInL1 = 32, kCopyRows = 8;                  // beyond so many lines, from so many rows on: copy
+// Streams in which the next tile is fetched. Measured: cores that have tile registers read fastest in eight, into L2;
+// those without (Zen 5) in one.
+#if defined(EXEUNT_AMX)
+constexpr int64_t kStreams = 8;
+#else
+constexpr int64_t kStreams = 1;
+#endif
+constexpr int64_t kAhead = 12 * kTile * kLine;    // bytes that a packed weight is fetched ahead
+constexpr int64_t kTileInL1 = 32, kCopyRows = 8;  // beyond so many lines, from so many rows on: copy
 
 // ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
 
@@ -249,15 +256,21 @@ constexpr int in_order() {
   return R <= 2 && kBusy < kMost ? kBusy : kMost;
 }
 
-// What will be read later, line by line in the order of its addresses, a part of it in each of `shares` passes.
+// What will be read later, a line of each of some streams in turn, a part of it in each of `shares` passes.
 struct Fetch {
   const char* at;
+  int64_t apart, end;  // of the streams, in bytes
   int shares, due = 0;
+  int64_t stream = 0;
   template <int Lines>
   __attribute__((always_inline)) void step() {
     if (++due < shares) return;
     due = 0;
-    for (int i = 0; i < Lines; ++i, at += kLine) __builtin_prefetch(at, 0, 3);
+    for (int i = 0; i < Lines; ++i) {
+      __builtin_prefetch(at + stream, 0, kStreams > 1 ? 2 : 3);
+      stream += apart;
+      if (stream == end) stream = 0, at += kLine;
+    }
   }
 };
 
@@ -330,11 +343,12 @@ struct VectorProduct {
     const bool few = total <= 2, as_it_lies = tile.line_stride == kLine;
     const int64_t most = few ? tile.lines : total <= kFewRows ? kFewLines : kManyLines;
     const bool copy = as_it_lies && total >= kCopyRows && tile.lines > kTileInL1;
-    // What is read in the order of its addresses (packed, or for few rows) comes into L1; else the next tile comes
-    // closer.
+    // In one stream, what is read in the order of its addresses (packed, or for few rows) comes into L1; else the next
+    // tile comes closer.
     const bool ordered = !as_it_lies || (few && tile.row_stride == tile.lines * kLine);
     const bool goes_on = tile.next == tile.data + tile.lines * kTile * kLine;
-    Fetch fetch{ordered && goes_on ? tile.data + kAhead : tile.next,
+    const int64_t size = tile.lines * kTile * kLine, apart = size / kStreams;
+    Fetch fetch{kStreams == 1 && ordered && goes_on ? tile.data + kAhead : tile.next, apart, size,
                 static_cast<int>(total / kMaxGroup + total % kMaxGroup / 2 + total % 2)};
     alignas(64) typename K::Sum wait[kMaxRows][kTile];
     alignas(64) float z[kMaxRows][kTile];
