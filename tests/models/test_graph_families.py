@@ -59,6 +59,8 @@ def test_what_graphs_give(name, attention, monkeypatch):
     counts = early.report().graphs
     reasons = [what for what in counts if what.startswith("eager")]
     expected = ([EAGER[name]] if name in EAGER else []) + (["more than their output"] if weights else [])
+    if "cache_position" in early.structure.batched:  # transformers before 5.4
+        expected.append("cache_position")
     if expected:  # the first that is noticed
         assert len(reasons) == 1 and any(word in reasons[0] for word in expected)
     elif name in WINDOWS and attention != "exeunt":
