@@ -68,7 +68,7 @@ static __global__ void __launch_bounds__(kThreads)
 
 // Row blockIdx.x % w.padded of layer blockIdx.x / w.padded of those of this launch; zeros up to whole blocks of rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // or ptxas keeps to 32 registers for sm_100, and spills
     kv_pack_kernel(const __grid_constant__ KvFillParams p, const __grid_constant__ KvWorkspace w) {
   const int64_t layer = w.first + blockIdx.x / w.padded, at = blockIdx.x % w.padded, rows = w.served[layer];
   if (at >= (rows + w.block_rows - 1) / w.block_rows * w.block_rows) return;
