@@ -4,26 +4,18 @@
 #include "cuda/exit_stats.h"
 
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "core/params.h"
 #include "cuda_runtime.h"
+#include "expect.h"
 #include "random_values.h"
 
 using namespace exeunt;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
 
 // n rows, of which all but the last are live, against a head [v, d] whose rows lie `stride` elements apart.
 template <class T>
@@ -117,6 +109,5 @@ int main() {
     matches_a_plain_loop<BFloat16>(DType::bfloat16, 66, 800, 72, 72);
     emu::capability = 80;
   }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return ended();
 }

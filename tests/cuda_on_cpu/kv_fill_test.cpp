@@ -2,26 +2,18 @@
 #include "cuda/kv_fill.h"
 
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "core/params.h"
 #include "cuda_runtime.h"
+#include "expect.h"
 #include "random_values.h"
 
 using namespace exeunt;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
 
 struct Case {
   int64_t rows, width, heads, size, rotary;
@@ -183,6 +175,5 @@ int main() {
     matches_a_plain_loop<BFloat16>(DType::bfloat16, {4, 33, 5, 7, 0, Norm::none, Norm::rms, false, 1});
     matches_a_plain_loop<float>(DType::float32, {66, 16, 2, 64, 32, Norm::rms, Norm::layer, false, 0});
   }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return ended();
 }

@@ -3,7 +3,6 @@
 #include "cuda/ragged_attention.h"
 
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <random>
 #include <string>
@@ -11,19 +10,12 @@
 
 #include "core/params.h"
 #include "cuda_runtime.h"
+#include "expect.h"
 #include "random_values.h"
 
 using namespace exeunt;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
 
 struct Lists {
   std::vector<int64_t> q_indptr, rows, kv_len, kv_start;
@@ -286,6 +278,5 @@ int main() {
   }
   matches_a_plain_loop<float>(DType::float32, middle);
   matches_a_plain_loop<float>(DType::float32, wide);
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  return ended();
 }
