@@ -19,7 +19,7 @@ import exeunt
 from exeunt.models import spread
 from exeunt.states import Defer, Evict, Propagate, Recompute
 from oracle import RunEverything, prompts, tiny_llama
-from scripts import Run, happenings, keys_and_values
+from scripts import Run, assert_same, happenings, keys_and_values
 
 LAYERS, NEW = 6, 12
 EXITS, THRESHOLD = [0, 2, 4], 0.3
@@ -92,18 +92,11 @@ def test_whatever_happens_to_the_cache(model, script, batch, length, padding, ex
     if isinstance(state, Evict):  # what stands where nothing was kept is nobody's business
         script = [step for step in script if step != ("read",)]
     with RunEverything(model, exits, "margin", threshold, SKIPPED[type(state)]) as oracle:
-        theirs = Run(model, batch, length, padding, seed)
-        for step in script:
-            theirs(*step)
+        theirs = Run(model, batch, length, padding, seed, script)
     assume(oracle.closest > 1e-4)
     with exeunt.attach(model, recipe_of(state, exits, threshold)) as early:
-        ours = Run(model, batch, length, padding, seed)
-        for step in script:
-            ours(*step)
-        for got, want in zip(early.report().exit_layers, oracle.depths, strict=True):
-            assert torch.equal(got, want)
-    for got, want in zip(ours.outputs, theirs.outputs, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+        ours = Run(model, batch, length, padding, seed, script)
+        assert_same(early, ours, oracle, theirs)
 
 
 @pytest.mark.parametrize("state", [Defer(), Recompute(), Evict()], ids=str)

@@ -19,7 +19,7 @@ import graphs_on_cpu
 from exeunt import graphs
 from exeunt.states import Defer, Evict, Propagate
 from oracle import RunEverything, prompts, tiny_llama
-from scripts import Run, happenings, keys_and_values
+from scripts import Run, assert_same, happenings, keys_and_values
 
 LAYERS, NEW, EXITS = 6, 14, [0, 2, 4]
 MODES = ["exeunt", "sdpa", "eager"]
@@ -208,20 +208,13 @@ def test_whatever_happens_to_the_cache(script, batch, length, padding, exits, sh
     model, threshold = llama(attention), 0.3 * share
     script = [*script, ("steps", 3), ("read",)]
     with RunEverything(model, exits, "margin", threshold) as oracle:
-        theirs = Run(model, batch, length, padding, seed)
-        for step in script:
-            theirs(*step)
+        theirs = Run(model, batch, length, padding, seed, script)
     assume(oracle.closest > 1e-4)
     with pytest.MonkeyPatch.context() as patch:
         graphs_on_cpu.on(patch)
         with exeunt.attach(model, recipe_of(threshold, lazy, sorted(exits))) as early:
-            ours = Run(model, batch, length, padding, seed)
-            for step in script:
-                ours(*step)
-    for got, want in zip(early.report().exit_layers, oracle.depths, strict=True):
-        assert torch.equal(got, want)
-    for got, want in zip(ours.outputs, theirs.outputs, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+            ours = Run(model, batch, length, padding, seed, script)
+    assert_same(early, ours, oracle, theirs)
 
 
 # ---- what changes between steps

@@ -22,7 +22,7 @@ from exeunt.cache import ExitCacheLayer
 from exeunt.models import KeyValueWeights
 from exeunt.states import Propagate
 from oracle import RunEverything, prompts, tiny_llama
-from scripts import Run, happenings, keys_and_values
+from scripts import Run, assert_same, happenings, keys_and_values
 
 LAYERS, NEW = 6, 12
 THRESHOLDS = {"margin": 0.3, "saturation": 0.8}
@@ -92,18 +92,11 @@ def test_whatever_happens_to_the_cache(
     threshold, script = THRESHOLDS[confidence] * share, [*script, ("steps", 2), ("read",)]
     assume(exeunt.confidence.measure(confidence).high >= threshold)
     with RunEverything(model, exits, confidence, threshold) as oracle:
-        theirs = Run(model, batch, length, padding, seed)
-        for step in script:
-            theirs(*step)
+        theirs = Run(model, batch, length, padding, seed, script)
     assume(oracle.closest > 1e-4)
     with exeunt.attach(model, recipe_of(exits, threshold, lazy, confidence, limit)) as early:
-        ours = Run(model, batch, length, padding, seed)
-        for step in script:
-            ours(*step)
-        for got, want in zip(early.report().exit_layers, oracle.depths, strict=True):
-            assert torch.equal(got, want)
-    for got, want in zip(ours.outputs, theirs.outputs, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+        ours = Run(model, batch, length, padding, seed, script)
+        assert_same(early, ours, oracle, theirs)
 
 
 def manual(model, cache, new=6, seed=5):
