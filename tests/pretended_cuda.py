@@ -13,15 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import exeunt
 from exeunt import graphs
 from exeunt.ops import _backend
 from exeunt.recorder import reads_on_host
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
+_PACKAGES = tuple(f"{Path(package.__file__).parent}/" for package in (exeunt, transformers))
 _ANYWHERE = {
     aten._to_copy.default,
     aten.copy_.default,
@@ -87,7 +90,7 @@ def caller():
     """The line of exeunt or of a model that waits."""
     return next(
         f"{Path(f.filename).name}: {f.line}" for f in reversed(traceback.extract_stack())
-        if "/exeunt/" in f.filename or "/transformers/" in f.filename or "/tests/test_" in f.filename
+        if f.filename.startswith(_PACKAGES) or Path(f.filename).name.startswith("test_")
     )  # fmt: skip
 
 

@@ -264,8 +264,8 @@ def _agrees(parts: _Parts, seen: _Seen, facts: _Facts) -> bool | None:
     heads, size = seen.keys.shape[1], seen.keys.shape[3]
     layer = _layer_of(parts, facts, heads, size)
     stack = None if layer is None else _stack_of([layer], [parts], facts)
-    if stack is None or seen.hidden.dtype not in DTYPES or seen.keys.dtype != stack.dtype:
-        return None
+    if stack is None or seen.hidden.dtype not in DTYPES or {seen.keys.dtype, seen.values.dtype} != {stack.dtype}:
+        return None  # under autocast keys and values need not even agree with each other
     slots = torch.arange(len(seen.hidden), device=seen.hidden.device)
     first = torch.zeros_like(slots)
     eps = torch.finfo(stack.dtype).eps * (64 if stack.dtype == torch.float32 else 4)
