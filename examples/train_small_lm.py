@@ -1,11 +1,10 @@
-"""Train a small language model whose early layers know the answer, from scratch, in an hour or two on one core.
+"""Train a small language model whose early layers know the answer, from scratch, in two or three hours on one core.
 
 A stock LlamaForCausalLM of 12 layers and 9.8 million parameters with its own tokenizer, trained in three runs. The
 first has losses after layers 2, 4, 6, 8, 10 and 12, deeper ones weighing more, and a little distillation from the last
 into the others. The second goes on with the exits that are worth a check, and much distillation. In the third tokens
 leave early while it learns: exits and deeper layers are taught to say what the model alone would, also where earlier
-tokens left behind what propagation makes of their states. The model that comes with exeunt is what the first run alone
-gave (--further-steps 0 --leaving-steps 0); the others have not been run to their end.
+tokens left behind what propagation makes of their states. That is the model that comes with exeunt.
 
     python examples/train_small_lm.py --text text --out small-lm
 
