@@ -50,9 +50,14 @@ def test_tokens_leave_and_a_threshold_that_never_fires_changes_nothing(loaded):
     with exeunt.attach(model, exeunt.recipes.calm(small_lm.EXITS, float("inf"), lazy=True)):
         assert torch.equal(model.generate(**options), stock)
     with exeunt.attach(model, exeunt.recipes.calm(small_lm.EXITS, small_lm.THRESHOLD, lazy=True)) as early:
-        model.generate(**options)
+        out = model.generate(**options)
     report = early.report()
     assert report.histogram.get(small_lm.EXITS[0], 0) >= 10 and report.layers_per_token < 11
+    begin = options["input_ids"].shape[1]
+    mask = torch.cat([options["attention_mask"], torch.ones_like(out[:, begin:])], 1)
+    with torch.no_grad():
+        full_depth = model(out, attention_mask=mask).logits.argmax(-1)
+    assert (full_depth[:, begin - 1 : -1] == out[:, begin:]).float().mean() > 0.9
 
 
 def test_bfloat16_as_stored(loaded):
