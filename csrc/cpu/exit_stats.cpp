@@ -84,12 +84,12 @@ int64_t exit_stats_workspace(DType head, int64_t rows, int64_t vocab, int64_t wi
 void exit_stats(const ExitStatsParams& p) {
   const Layout layout(p.head.dtype, p.rows, p.vocab, p.width, p.topk, p.seeds, p.threads);
   char* workspace = static_cast<char*>(p.workspace);
-  const PackedRows x{workspace, reinterpret_cast<RowScale*>(workspace + layout.scale)};
   int64_t* out_rows = reinterpret_cast<int64_t*>(workspace + layout.out_rows);
   ExitStats* partials = reinterpret_cast<ExitStats*>(workspace + layout.partials);
   Candidate* topk = reinterpret_cast<Candidate*>(workspace + layout.topk);
   Candidate* drawn = reinterpret_cast<Candidate*>(workspace + layout.drawn);
   const int64_t live = p.count ? std::clamp<int64_t>(index_at(p.count, p.count_64, 0), 0, p.rows) : p.rows;
+  const PackedRows x{workspace, reinterpret_cast<RowScale*>(workspace + layout.scale), live};
   const Isa& isa = selected_isa();
   const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
@@ -108,7 +108,7 @@ void exit_stats(const ExitStatsParams& p) {
 #pragma omp for schedule(guided)  // runs of chunks: what was fetched ahead is the same thread's
     for (int64_t c = 0; c < layout.chunks; ++c) {
       const int64_t begin = c * layout.chunk;
-      isa.exit_stats_chunk({&p, x, out_rows, live, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
+      isa.exit_stats_chunk({&p, x, out_rows, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
                             topk + c * p.topk, drawn + c, layout.chunks});
     }
 #pragma omp for schedule(static)

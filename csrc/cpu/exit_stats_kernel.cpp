@@ -119,8 +119,8 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 
   product_begin(p.head.dtype);
-  for (int64_t first = 0; first < a.rows; first += block) {
-    const int64_t rows = a.rows - first < block ? a.rows - first : block;
+  for (int64_t first = 0; first < a.x.rows; first += block) {
+    const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     alignas(64) LaneStats stats[kMaxRows];
     alignas(64) LaneDraw drawn[kMaxRows];
     TopK top[kMaxRows];

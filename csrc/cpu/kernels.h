@@ -19,6 +19,7 @@ struct RowScale {
 struct PackedRows {
   char* data;
   RowScale* scale;  // one a row
+  int64_t rows;     // all of them: it tells how they lie
 };
 
 // Partial statistics of vocabulary rows [begin, end) for the live rows of `p`.
@@ -32,7 +33,6 @@ struct ExitStatsChunkArgs {
   const ExitStatsParams* p;
   PackedRows x;
   const int64_t* out_rows;
-  int64_t rows;
   int64_t begin, end;
   char* panel;
   ExitStats* partials;
@@ -41,14 +41,13 @@ struct ExitStatsChunkArgs {
 };
 
 // rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype
-// pack_row    packs row n, of `width` floats
+// pack_row    packs row n of x.rows, of `width` floats
 using RowsBytes = int64_t (*)(DType weights, int64_t rows, int64_t width);
 using PackRow = void (*)(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);
 // out[rows, outputs] = activation(x W^T + b)
 struct LinearArgs {
   const LayerArg* layer;
   PackedRows x;
-  int64_t rows;
   char* panel;  // as in ExitStatsChunkArgs
   float* out;
 };
@@ -64,7 +63,6 @@ struct KvHeadArgs {
   int64_t head;
   bool keys;
   PackedRows x;
-  int64_t rows;      // of the layer
   const char* next;  // what will be read after this head
   char* panel;       // as in ExitStatsChunkArgs
   float* out;        // scratch [64, kv_head_stride]

@@ -111,8 +111,8 @@ void kv_fill(const KvFillParams& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* own = workspace + layout.threads_at + omp_get_thread_num() * layout.thread;
-    const PackedRows packed{own, reinterpret_cast<RowScale*>(own + layout.scale)};
-    int64_t packed_layer = -1, rows = 0;
+    PackedRows packed{own, reinterpret_cast<RowScale*>(own + layout.scale), 0};
+    int64_t packed_layer = -1;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.rows; ++n)
       standardise(p.hidden, p.hidden_dtype, p.source[n] * p.hidden_stride, p.width, p.norm, p.eps,
@@ -122,14 +122,14 @@ void kv_fill(const KvFillParams& p) {
       const auto [layer, h, keys] = unit(i);
       if (layer != packed_layer) {
         packed_layer = layer;
-        rows = rows_of(layer);
-        for (int64_t n = 0; n < rows; ++n)
+        packed.rows = rows_of(layer);
+        for (int64_t n = 0; n < packed.rows; ++n)
           isa.kv_fill_pack(p, p.layers[layer], standard + n * p.width, reinterpret_cast<float*>(own + layout.row), n,
                            packed);
       }
       const Unit next = unit(std::min(i + 1, units - 1));
       isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
-                        p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed, rows,
+                        p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed,
                         head_of(p.layers[next.layer], next.keys, next.head), own + layout.panel,
                         reinterpret_cast<float*>(own + layout.head)});
     }

@@ -2,8 +2,6 @@
 // before it hands them to the cache.
 //
 //   tile of 16 weight rows . packed rows -> out[row][16 of Dh]     until the head is whole
-//            rows i * Dh / 16 + t of the head are tile t, so that row i of each tile is read behind that of the last
-//            one: sixteen streams, of which others go on where one waits for the address of its next page
 //   values:  + bias                                    -> cache
 //   keys:    + bias -> norm over Dh -> rotary embedding -> cache   all in float32, rounded once on the way into the
 //   cache
@@ -84,10 +82,7 @@ void kv_fill_head(const KvHeadArgs& a) {
   const char* data = static_cast<const char*>(a.keys ? layer.key : layer.value);
   const int64_t head_stride = a.keys ? layer.key_head : layer.value_head;
   const int64_t row_stride = a.keys ? layer.key_row : layer.value_row;
-  // Rows of a tile that are `apart`; one after the other where tiles don't fill the head.
-  const int64_t apart = p.head_size % kTile ? 1 : p.head_size / kTile, step = p.head_size % kTile ? kTile : 1;
-  const WeightArg weight{data + a.head * head_stride, p.dtype, false,  step * row_stride,
-                         apart * row_stride,          kLine,   nullptr};
+  const WeightArg weight{data + a.head * head_stride, p.dtype, false, kTile * row_stride, row_stride, kLine, nullptr};
   const void* bias = a.keys ? layer.key_bias : layer.value_bias;
   const int64_t bias_at = a.head * (a.keys ? layer.key_bias_head : layer.value_bias_head);
   void* out = a.keys ? place.keys : place.values;
@@ -99,8 +94,8 @@ void kv_fill_head(const KvHeadArgs& a) {
   const int64_t stride = (p.head_size + kTile - 1) / kTile * kTile, block = product_rows(p.dtype);
 
   product_begin(p.dtype);
-  for (int64_t first = 0; first < a.rows; first += block) {
-    const int64_t rows = a.rows - first < block ? a.rows - first : block;
+  for (int64_t first = 0; first < a.x.rows; first += block) {
+    const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     // A head's place in the cache is a page of its own: without this, its store waits there for microseconds.
     for (int64_t r = first; r < first + rows; ++r) {
       const char* place = static_cast<const char*>(out) + place_of(r) * bytes;
@@ -110,10 +105,9 @@ void kv_fill_head(const KvHeadArgs& a) {
       const int count = static_cast<int>(p.head_size - at < kTile ? p.head_size - at : kTile);
       Tile tile = tile_of(weight, p.width, at, count, nullptr, a.panel);
       if (at + kTile >= p.head_size)
-        tile.next = first + block < a.rows ? static_cast<const char*>(weight.data) : a.next;
+        tile.next = first + block < a.x.rows ? static_cast<const char*>(weight.data) : a.next;
       const auto epilogue = [&](int64_t r, const float* z) {
-        float* to = a.out + r * stride + at / kTile * step;
-        for (int i = 0; i < kTile; ++i) to[i * apart] = z[i];
+        __builtin_memcpy(a.out + r * stride + at, z, sizeof(float) * kTile);
       };
       product(p.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
     }

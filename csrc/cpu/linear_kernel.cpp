@@ -23,8 +23,8 @@ void linear_rows(const LinearArgs& a) {
   const DType dtype = layer.weight.dtype;
   const int64_t block = product_rows(dtype);
   product_begin(dtype);
-  for (int64_t first = 0; first < a.rows; first += block) {
-    const int64_t rows = a.rows - first < block ? a.rows - first : block;
+  for (int64_t first = 0; first < a.x.rows; first += block) {
+    const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     for (int64_t at = 0; at < layer.outputs; at += kTile) {
       const int count = static_cast<int>(layer.outputs - at < kTile ? layer.outputs - at : kTile);
       alignas(64) float bias[kTile] = {};

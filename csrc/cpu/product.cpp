@@ -1,25 +1,28 @@
 // The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time.
 //
-//   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg); next tile fetched ahead
-//   hidden rows      packed once in the form that the weight's dtype and the ISA want: a Kind below
-//   block of D       some lines of a tile at a time meet all hidden rows, so that they are read from L1 but once from
-//                    beyond; a wide tile as it lies is copied side by side first (its rows share sets of L1)
-//   registers        R x C sums, R hidden rows by C weight rows, R * C = kSums; lanes run along D. One or two hidden
-//                    rows wait for memory alone, which is fastest read in one stream: where the weight is not packed,
-//                    as few of its rows at a time as keep the adders busy
+//   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
+//   unit             four bytes of a weight row: one float32, two halves, four int8
+//   block of D       some lines of a tile at a time are turned, 16 rows x 16 units -> 16 units x 16 rows, and kept in
+//                    L1 as what the products want: from then on lanes are weight rows
+//   hidden rows      packed once, in groups of R rows whose numbers for one unit lie side by side
+//   registers        R rows x 16 columns of sums: each load of a unit serves R rows, each number of a hidden row is
+//                    spread over the lanes as it is read
+//   memory           beside the first group's products, a line of each weight row is fetched ahead into L2, in turn:
+//                    prefetches that come in a burst fill the core's line buffers, and then memory waits
 //   result           z[16] of each hidden row, handed to the epilogue while it is in L1
 //
-//   kind             weight line -> registers        hidden row          sums
-//   Float32          as they are                     float               float
-//   Bfloat16         even / odd halves as floats     float, dealt out    float        (no bfloat16 instruction)
-//   Bfloat16Pairs    as they are                     bfloat16            float        vdpbf16ps
-//   Half             converted                       float               float
-//   Int8             converted                       float               float        (no int8 instruction)
-//   Int8Planes       as they are                     two int8 planes     int32        vpdpbusd
+//   kind             unit is kept as                     number of a hidden row     sums
+//   Float32          it is                               float                      float
+//   Bfloat16         its even element, then its odd one  float                      float     (no bfloat16 instruction)
+//   Bfloat16Pairs    it is                               two bfloat16               float     vdpbf16ps
+//   Half             two floats, lanes side by side      two floats                 float     of even and of odd D
+//   Int8             four floats, one after the other    float                      float     (no int8 instruction)
+//   Int8Planes       it is                               four of an int8 plane      int32     vpdpbusd
 //
-// Bits: every (row, weight row) product is one chain of multiply-adds over D and one tree over the lanes, whatever R
-// and C are and wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
-// Hazard: the rows of a short tile's end are not the weight's (product.h): the epilogue masks their products.
+// Bits: every (row, weight row) product is a sum over blocks of D of sums in its order, whatever R is and wherever the
+// weight lies, so a row's result depends neither on its neighbours nor on the thread.
+// Hazard: the rows of a short tile's end are not the weight's (product.h): the epilogue masks their products. A last
+// group may be larger than the rows that are left: the others are zeros.
 #include "cpu/product.h"
 
 #include <limits>
@@ -33,19 +36,11 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int kSums = kLanes == 16 ? 16 : 8;  // accumulators in registers; a multiple of kLanes
-constexpr int kMaxGroup = 4;                  // hidden rows that share one load of the weight
-// Measured, on 48 KB of L1: a block of D, with the hidden rows' part and the sums that wait, stays there.
-constexpr int64_t kFewRows = 16, kFewLines = 8, kManyLines = 12;  // lines of a block, up to so many rows and beyond
-// Streams in which the next tile is fetched. Measured: cores that have tile registers read fastest in eight, into L2;
-// those without (Zen 5) in one.
-#if defined(EXEUNT_AMX)
-constexpr int64_t kStreams = 8;
-#else
-constexpr int64_t kStreams = 1;
-#endif
-constexpr int64_t kAhead = 12 * kTile * kLine;    // bytes that a packed weight is fetched ahead
-constexpr int64_t kTileInL1 = 32, kCopyRows = 8;  // beyond so many lines, from so many rows on: copy
+constexpr int64_t kUnits = 16;  // of a line
+constexpr int kSumRegisters = kLanes == 16 ? 16 : 8;
+constexpr int64_t kAhead = 512;      // bytes that hidden rows are fetched ahead from L2
+constexpr int64_t kFetchLines = 16;  // lines that a tile is fetched ahead into L2
+constexpr int64_t kBlockBytes = 32;  // of a hidden row's numbers, per unit and line, that a block of D brings into L1
 
 // ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
 
@@ -100,220 +95,142 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const Tile& tile) {
 
 // ---- kinds ----------------------------------------------------------------------------------------------------------
 
-// kBytes     of a weight row that one step reads      Weight, Hidden  what load() and load_row() put in registers
-// kRowBytes  of the packed hidden row for that step   Sum             accumulator
-// kPlanes    packed rows per hidden row               kAdds           additions to a sum in one step
+// kPlanes    packed rows per hidden row
+// kSteps     products with a unit, one after the other, each with kStepBytes of a hidden row
+// kSums      registers of weights of a step, and of sums, over a tile's 16 columns
+// keep       a unit of kLanes columns -> what its steps will read, kSums registers apart
+// spread     a row's numbers for a step, over all lanes
+// put        a hidden row's numbers, step after step `stride` bytes apart, up to the end of the last line
+// join       sums -> the products of 16 columns
+// finish     scales them
 
+template <int PerStep>
 struct FloatKind {
   using Sum = Vec;
-  static constexpr int kPlanes = 1, kAdds = 1;
-  static constexpr int64_t kRowBytes = kLanes * 4;
-  struct Weight {
-    Vec v;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) { sum += w.v * x.v; }
+  static constexpr int kPlanes = 1, kStepBytes = 4 * PerStep, kSums = kTile * PerStep / kLanes;
+  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
   EXEUNT_INLINE void finish(float*, const RowScale&, const Tile&) {}
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
-    __builtin_memcpy(out, row, static_cast<uint64_t>(width) * 4);
+  EXEUNT_INLINE Vec spread(const char* p) {
+    if constexpr (PerStep == 2) {
+      int64_t pair;
+      int64_t __attribute__((vector_size(kLanes * 4))) pairs = {};
+      __builtin_memcpy(&pair, p, sizeof pair);
+      return bits<Vec>(pairs + pair);
+    } else {
+      float value;
+      __builtin_memcpy(&value, p, sizeof value);
+      return splat(value);
+    }
+  }
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t steps, char* const* out, int64_t stride, RowScale&) {
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t i = 0; i < PerStep; ++i) {
+        const float value = s * PerStep + i < width ? row[s * PerStep + i] : 0.0f;
+        __builtin_memcpy(out[0] + s * stride + i * 4, &value, sizeof value);
+      }
+  }
+  EXEUNT_INLINE void join(const Sum (&sum)[kSums], float* z) {
+    alignas(64) float sums[kSums * kLanes];
+    for (int i = 0; i < kSums; ++i) store(sums + i * kLanes, sum[i]);
+    for (int c = 0; c < kTile; ++c) z[c] = PerStep == 2 ? sums[2 * c] + sums[2 * c + 1] : sums[c];
   }
 };
 
-struct Float32 : FloatKind {
-  static constexpr int64_t kBytes = kLanes * 4;
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
+struct Float32 : FloatKind<1> {
+  static constexpr int kSteps = 1;
+  EXEUNT_INLINE void keep(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
 };
 
-struct Half : FloatKind {
-  static constexpr int64_t kBytes = kLanes * 2;
-  EXEUNT_INLINE void load(const char* p, Weight& w) { w.v = EXEUNT_ISA::load(reinterpret_cast<const Float16*>(p)); }
+struct Half : FloatKind<2> {
+  static constexpr int kSteps = 1;
+  EXEUNT_INLINE void keep(UVec unit, Vec* to) {
+    Float16 halves[2 * kLanes];
+    __builtin_memcpy(halves, &unit, sizeof unit);
+    for (int i = 0; i < 2; ++i) to[i] = load(halves + i * kLanes);
+  }
 };
 
-struct Int8 : FloatKind {
-  static constexpr int64_t kBytes = kLanes;
-  EXEUNT_INLINE void load(const char* p, Weight& w) {
-    uint8_t __attribute__((vector_size(kLanes))) byte;
-    __builtin_memcpy(&byte, p, sizeof byte);
-    w.v = __builtin_convertvector(__builtin_convertvector(byte, IVec) - 128, Vec);
+struct Bfloat16 : FloatKind<1> {  // the upper half of a float
+  static constexpr int kSteps = 2;
+  EXEUNT_INLINE void keep(UVec unit, Vec* to) {
+    to[0] = bits<Vec>(unit << 16);
+    to[kSums] = bits<Vec>(unit & 0xffff0000u);
+  }
+};
+
+struct Int8 : FloatKind<1> {
+  static constexpr int kSteps = 4;
+  EXEUNT_INLINE void keep(UVec unit, Vec* to) {
+    for (int i = 0; i < kSteps; ++i)
+      to[i * kSums] = __builtin_convertvector(bits<IVec>(unit >> (8 * i) & 0xffu) - 128, Vec);
   }
   EXEUNT_INLINE void finish(float* z, const RowScale&, const Tile& tile) {
     for (int i = 0; i < kTile; ++i) z[i] *= tile.scale[i];
   }
 };
 
-// A register of bfloat16 split by parity takes a shift and a mask, where widening it in order takes three shuffles;
-// the hidden row is dealt out to match: the even elements of each step, then the odd ones.
-struct Bfloat16 : FloatKind {
-  static constexpr int kAdds = 2;
-  static constexpr int64_t kBytes = kLanes * 4, kRowBytes = kLanes * 8;
-  struct Weight {
-    Vec even, odd;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) {
-    keep_in_register(x.even);
-    keep_in_register(x.odd);
-  }
-  EXEUNT_INLINE void load(const char* p, Weight& w) {  // bfloat16 is the upper half of a float
-    UVec pairs;
-    __builtin_memcpy(&pairs, p, sizeof pairs);
-    w.even = bits<Vec>(pairs << 16);
-    w.odd = bits<Vec>(pairs & 0xffff0000u);
-  }
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
-    sum += w.even * x.even;
-    sum += w.odd * x.odd;
-  }
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
-    float* x = reinterpret_cast<float*>(out);
-    for (int64_t d = 0; d < width; ++d) {
-      const int64_t step = d / (2 * kLanes), within = d % (2 * kLanes);
-      x[step * 2 * kLanes + within % 2 * kLanes + within / 2] = row[d];
-    }
-  }
-};
-
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-// Weights and hidden rows that an instruction takes as they lie, a line at a time.
+// Units that an instruction multiplies as they are.
 template <class SumOf>
-struct LineKind {
+struct UnitKind {
   using Sum = SumOf;
-  static constexpr int kAdds = 1;
-  static constexpr int64_t kBytes = kLine, kRowBytes = kLine;
-  struct Weight {
-    __m512i v;
-  };
-  using Hidden = Weight;
-  EXEUNT_INLINE void load(const char* p, Weight& w) { __builtin_memcpy(&w, p, sizeof w); }
-  EXEUNT_INLINE void load_row(const char* p, Hidden& x) { __builtin_memcpy(&x, p, sizeof x); }
-  EXEUNT_INLINE void keep(Hidden& x) { keep_in_register(x.v); }
+  static constexpr int kSteps = 1, kStepBytes = 4, kSums = 1;
+  EXEUNT_INLINE void keep(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
+  EXEUNT_INLINE Vec spread(const char* p) { return FloatKind<1>::spread(p); }
+  EXEUNT_INLINE void join(const Sum (&sum)[1], float* z) { __builtin_memcpy(z, sum, sizeof sum); }
 };
 #endif
 
 #if defined(__AVX512BF16__)
-// Sixteen pairs a register: two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
-struct Bfloat16Pairs : LineKind<Vec> {
+// Two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
+struct Bfloat16Pairs : UnitKind<Vec> {
   static constexpr int kPlanes = 1;
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
-    sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w.v, (__m512bh)x.v);
-  }
+  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
   EXEUNT_INLINE void finish(float*, const RowScale&, const Tile&) {}
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t, RowScale&) {
-    for (int64_t d = 0; d < width; ++d) reinterpret_cast<BFloat16*>(out)[d] = to_bfloat16(row[d]);
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t steps, char* const* out, int64_t stride, RowScale&) {
+    for (int64_t s = 0; s < steps; ++s) {
+      BFloat16 pair[2] = {};
+      for (int64_t d = 2 * s; d < 2 * s + 2 && d < width; ++d) pair[d % 2] = to_bfloat16(row[d]);
+      __builtin_memcpy(out[0] + s * stride, pair, sizeof pair);
+    }
   }
 };
 #endif
 
 #if defined(__AVX512VNNI__)
-struct Int8Planes : LineKind<IVec> {
+struct Int8Planes : UnitKind<IVec> {
   static constexpr int kPlanes = 2;
-  EXEUNT_INLINE void add(Sum& sum, const Weight& w, const Hidden& x) {
-    sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, w.v, x.v);
+  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) {
+    sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
   }
-  EXEUNT_INLINE void put(const float* row, int64_t width, char* out, int64_t plane_stride, RowScale& s) {
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t steps, char* const* out, int64_t stride,
+                         RowScale& s) {
     s = plane_scale(row, width);
-    split_planes(row, width, s, reinterpret_cast<int8_t*>(out), reinterpret_cast<int8_t*>(out + plane_stride));
+    for (int64_t step = 0; step < steps; ++step) {
+      int8_t high[4] = {}, low[4] = {};
+      const int64_t left = width - 4 * step;
+      if (left > 0) split_planes(row + 4 * step, left < 4 ? left : 4, s, high, low);
+      __builtin_memcpy(out[0] + step * stride, high, sizeof high);
+      __builtin_memcpy(out[1] + step * stride, low, sizeof low);
+    }
   }
   EXEUNT_INLINE void finish(float* z, const RowScale& s, const Tile& tile) { join_planes(z, s, tile); }
 };
 #endif
 
-// ---- the product of a tile with hidden rows, lanes along D -----------------------------------------------------
+// ---- the product of a tile with hidden rows, lanes along its 16 weight rows -----------------------------------------
 
-// R x C sums over one line of C weight rows w_stride apart and R hidden rows x_stride apart.
-template <class K, int R, int C>
-EXEUNT_INLINE void add_line(const char* w, int64_t w_stride, const char* x, int64_t x_stride,
-                            typename K::Sum (&sum)[R][C]) {
-  for (int64_t s = 0; s < kLine / K::kBytes; ++s, w += K::kBytes, x += K::kRowBytes) {
-    if constexpr (R < C) {
-      typename K::Hidden hidden[R];
-      for (int r = 0; r < R; ++r) K::load_row(x + r * x_stride, hidden[r]);
-      for (int c = 0; c < C; ++c) {
-        typename K::Weight weight;
-        K::load(w + c * w_stride, weight);
-        for (int r = 0; r < R; ++r) K::add(sum[r][c], weight, hidden[r]);
-      }
-    } else {
-      typename K::Weight weight[C];
-      for (int c = 0; c < C; ++c) K::load(w + c * w_stride, weight[c]);
-      for (int r = 0; r < R; ++r) {
-        typename K::Hidden hidden;
-        K::load_row(x + r * x_stride, hidden);
-        K::keep(hidden);  // or the compiler reads it again for each of the C products
-        for (int c = 0; c < C; ++c) K::add(sum[r][c], weight[c], hidden);
-      }
-    }
-  }
-}
-
-// Weight rows, read one after the other as they lie, that keep the adders busy for R hidden rows.
-template <class K, int R>
-constexpr int in_order() {
-  constexpr int kMost = kSums / R, kBusy = static_cast<int>(kLine / K::kBytes) * K::kAdds;
-  return R <= 2 && kBusy < kMost ? kBusy : kMost;
-}
-
-// What will be read later, a line of each of some streams in turn, a part of it in each of `shares` passes.
-struct Fetch {
-  const char* at;
-  int64_t apart, end;  // of the streams, in bytes
-  int shares, due = 0;
-  int64_t stream = 0;
-  template <int Lines>
-  __attribute__((always_inline)) void step() {
-    if (++due < shares) return;
-    due = 0;
-    for (int i = 0; i < Lines; ++i) {
-      __builtin_prefetch(at + stream, 0, kStreams > 1 ? 2 : 3);
-      stream += apart;
-      if (stream == end) stream = 0, at += kLine;
-    }
-  }
-};
-
-// A block of D of a tile: `lines` lines of its rows, as they lie or copied side by side.
-struct Block {
-  const char* data;
-  int64_t row_stride, line_stride, lines;
-  bool first, last;
-};
-
-// Adds the products of R hidden rows with all rows of a block to the sums in `wait`, still spread over lanes, so the
-// chain of each pair stays one. After the last block z[r][i] = row i of the tile . hidden row r.
-template <class K, int R, int C>
-EXEUNT_INLINE void add_block(const Block& block, const char* x, int64_t x_stride, Fetch& fetch,
-                             typename K::Sum (*wait)[kTile], float (*z)[kTile]) {
-  using Sum = typename K::Sum;
-  constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
-  for (int c = 0; c < kTile; c += C) {
-    Sum sum[R][C] = {};
-    if (!block.first)
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < C; ++i) sum[r][i] = wait[r][c + i];
-    const char* w = block.data + c * block.row_stride;
-    for (int64_t l = 0; l < block.lines; ++l) {
-      fetch.step<C>();
-      add_line<K>(w + l * block.line_stride, block.row_stride, x + l * kLineOfRow, x_stride, sum);
-    }
-    if (R * C < kSums || !block.last) {
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < C; ++i) wait[r][c + i] = sum[r][i];
-      continue;
-    }
-    alignas(64) float out[R][C];
-    for (int i = 0; i < R * C / kLanes * kLanes; i += kLanes) {
-      const Sum sums = sum_each(&sum[0][0] + i);
-      __builtin_memcpy(&out[0][0] + i, &sums, sizeof sums);
-    }
-    for (int r = 0; r < R; ++r) __builtin_memcpy(z[r] + c, out[r], sizeof out[r]);
-  }
-  if (R * C < kSums && block.last)
-    for (int i = 0; i < R * kTile; i += kLanes) {
-      const Sum sums = sum_each(&wait[0][0] + i);
-      __builtin_memcpy(&z[0][0] + i, &sums, sizeof sums);
+// One line of a tile: [16 rows][16 units] -> [16 units][16 rows], as K keeps it. Not inlined: it needs all registers.
+template <class K>
+[[gnu::noinline]] static void turn_line(const char* from, int64_t row_stride, Vec* to) {
+  constexpr int kUnit = K::kSteps * K::kSums, kVecs = kTile / kLanes;
+  for (int rows = 0; rows < kVecs; ++rows)
+    for (int units = 0; units < kVecs; ++units) {
+      UVec v[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        __builtin_memcpy(v + i, from + (rows * kLanes + i) * row_stride + units * kLanes * 4, sizeof v[i]);
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) K::keep(v[i], to + (units * kLanes + i) * kUnit + rows * (K::kSums / kVecs));
     }
 }
 
@@ -323,69 +240,105 @@ struct VectorProduct {
   static void begin() {}
   static void end() {}
 
-  // An odd number of lines apart, so that the rows of a group do not share L1 sets.
-  EXEUNT_INLINE int64_t stride(int64_t lines) {
-    return (lines * (kLine / K::kBytes * K::kRowBytes / kLine) | 1) * kLine;
+  EXEUNT_INLINE int64_t rows_bytes(int64_t rows, int64_t lines) {
+    const int64_t all = rows * K::kPlanes, whole = all / kMost * kMost;
+    return (whole + (whole < all ? group_of(all - whole) : 0)) * row_bytes(lines);
   }
 
-  EXEUNT_INLINE int64_t rows_bytes(int64_t rows, int64_t lines) { return rows * K::kPlanes * stride(lines); }
-
   EXEUNT_INLINE void pack_row(const float* row, int64_t width, int64_t lines, int64_t n, PackedRows x) {
-    char* out = x.data + rows_bytes(n, lines);
-    __builtin_memset(out, 0, static_cast<uint64_t>(rows_bytes(1, lines)));
-    K::put(row, width, out, stride(lines), x.scale[n]);
+    const int64_t all = x.rows * K::kPlanes, steps = lines * kUnits * K::kSteps;
+    const int64_t first = n * K::kPlanes / kMost * kMost, size = group_of(all - first), stride = size * K::kStepBytes;
+    char* group = x.data + first * row_bytes(lines);
+    char* out[K::kPlanes];  // planes of a row are of one group
+    for (int64_t i = 0; i < K::kPlanes; ++i) out[i] = group + (n * K::kPlanes + i - first) * K::kStepBytes;
+    K::put(row, width, steps, out, stride, x.scale[n]);
+    if (n + 1 == x.rows)
+      for (int64_t i = all - first; i < size; ++i)
+        for (int64_t s = 0; s < steps; ++s) __builtin_memset(group + s * stride + i * K::kStepBytes, 0, K::kStepBytes);
   }
 
   static void run(const Tile& tile, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
-    constexpr int64_t kLineOfRow = kLine / K::kBytes * K::kRowBytes;
-    const int64_t step = stride(tile.lines), total = rows * K::kPlanes;
-    const char* data = x.data + first * K::kPlanes * step;
-    const bool few = total <= 2, as_it_lies = tile.line_stride == kLine;
-    const int64_t most = few ? tile.lines : total <= kFewRows ? kFewLines : kManyLines;
-    const bool copy = as_it_lies && total >= kCopyRows && tile.lines > kTileInL1;
-    // In one stream, what is read in the order of its addresses (packed, or for few rows) comes into L1; else the next
-    // tile comes closer.
-    const bool ordered = !as_it_lies || (few && tile.row_stride == tile.lines * kLine);
-    const bool goes_on = tile.next == tile.data + tile.lines * kTile * kLine;
-    const int64_t size = tile.lines * kTile * kLine, apart = size / kStreams;
-    Fetch fetch{kStreams == 1 && ordered && goes_on ? tile.data + kAhead : tile.next, apart, size,
-                static_cast<int>(total / kMaxGroup + total % kMaxGroup / 2 + total % 2)};
-    alignas(64) typename K::Sum wait[kMaxRows][kTile];
-    alignas(64) float z[kMaxRows][kTile];
-    alignas(64) char side[kManyLines * kTile * kLine];
-    for (int64_t begin = 0; begin < tile.lines; begin += most) {
-      const int64_t lines = begin + most < tile.lines ? most : tile.lines - begin;
-      Block block{tile.data + begin * tile.line_stride, tile.row_stride, tile.line_stride, lines, begin == 0,
-                  begin + lines == tile.lines};
-      if (copy) {
-        for (int i = 0; i < kTile; ++i)
-          for (int64_t l = 0; l < lines; ++l)
-            __builtin_memcpy(side + (l * kTile + i) * kLine, block.data + i * tile.row_stride + l * kLine, kLine);
-        block.data = side;
-        block.row_stride = kLine;
-        block.line_stride = kTile * kLine;
-      }
-      int64_t done = 0;
-      const auto take = [&](auto size) __attribute__((always_inline)) {
-        constexpr int R = decltype(size)::value;
-        const auto go = [&](auto columns) __attribute__((always_inline)) {
-          add_block<K, R, decltype(columns)::value>(block, data + done * step + begin * kLineOfRow, step, fetch,
-                                                    wait + done, z + done);
+    const int64_t all = rows * K::kPlanes;
+    const char* data = x.data + first * K::kPlanes * row_bytes(tile.lines);
+    Vec side[kBlockLines * kLineVecs];
+    typename K::Sum sums[kMaxRows][K::kSums];
+    for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
+      const int64_t lines = begin + kBlockLines < tile.lines ? kBlockLines : tile.lines - begin;
+      for (int64_t done = 0; done < all;) {
+        const auto take = [&](auto size) __attribute__((always_inline)) {
+          constexpr int R = decltype(size)::value;
+          if constexpr (R <= kMost) {
+            const char* numbers = data + done * row_bytes(tile.lines) + begin * R * row_bytes(1);
+            add_rows<R>(tile, begin, lines, done == 0, side, numbers, sums + done);
+            done += R;
+          }
         };
-        if (few && as_it_lies)
-          go(std::integral_constant<int, in_order<K, R>()>());
-        else
-          go(std::integral_constant<int, kSums / R>());
-        done += R;
-      };
-      while (total - done >= kMaxGroup) take(std::integral_constant<int, kMaxGroup>());
-      if (total - done >= 2) take(std::integral_constant<int, 2>());
-      if (K::kPlanes == 1 && total > done) take(std::integral_constant<int, K::kPlanes>());
+        switch (group_of(all - done)) {
+          case 16:
+            take(std::integral_constant<int, 16>());
+            break;
+          case 8:
+            take(std::integral_constant<int, 8>());
+            break;
+          case 4:
+            take(std::integral_constant<int, 4>());
+            break;
+          case 2:
+            take(std::integral_constant<int, 2>());
+            break;
+          default:
+            take(std::integral_constant<int, 1>());
+        }
+      }
     }
+    alignas(64) float z[K::kPlanes * kTile];
     for (int64_t r = 0; r < rows; ++r) {
-      K::finish(z[r * K::kPlanes], x.scale[first + r], tile);
-      epilogue.call(epilogue.self, r, z[r * K::kPlanes]);
+      for (int plane = 0; plane < K::kPlanes; ++plane) K::join(sums[r * K::kPlanes + plane], z + plane * kTile);
+      K::finish(z, x.scale[first + r], tile);
+      epilogue.call(epilogue.self, r, z);
     }
+  }
+
+ private:
+  static constexpr int kMost = kSumRegisters / K::kSums;  // rows of a group
+  static constexpr int64_t kBlockLines = kBlockBytes / (K::kSteps * K::kStepBytes);
+  static constexpr int64_t kLineVecs = kUnits * K::kSteps * K::kSums;
+
+  // Of a packed row.
+  EXEUNT_INLINE int64_t row_bytes(int64_t lines) { return lines * kUnits * K::kSteps * K::kStepBytes; }
+
+  // Rows of the next group when so many are left: a few rows take as long as the next power of two of them.
+  EXEUNT_INLINE int64_t group_of(int64_t left) {
+    int64_t size = kMost;
+    while (size > 1 && size / 2 >= left) size /= 2;
+    return size;
+  }
+
+  // A block of the tile with the rows of a group. The first group turns it, a line at a time, beside its own products.
+  template <int R>
+  EXEUNT_INLINE void add_rows(const Tile& tile, int64_t begin, int64_t lines, bool turns, Vec* side, const char* x,
+                              typename K::Sum (*sums)[K::kSums]) {
+    const int64_t ahead = kFetchLines < tile.lines ? kFetchLines : tile.lines;
+    typename K::Sum sum[R][K::kSums] = {};
+    for (int64_t l = 0; l < lines; ++l, side += kLineVecs) {
+      const int64_t later = begin + l + ahead - tile.lines;
+      const char* fetch =
+          (later < 0 ? tile.data + tile.lines * tile.line_stride : tile.next) + later * tile.line_stride;
+      if (turns) turn_line<K>(tile.data + (begin + l) * tile.line_stride, tile.row_stride, side);
+      const Vec* w = side;
+      for (int64_t u = 0; u < kUnits; ++u, fetch += tile.row_stride) {
+        if (turns) __builtin_prefetch(fetch, 0, 2);
+        for (int step = 0; step < K::kSteps; ++step, x += R * K::kStepBytes, w += K::kSums) {
+          if constexpr (R * K::kStepBytes >= kLine) __builtin_prefetch(x + kAhead, 0, 3);
+          for (int r = 0; r < R; ++r) {
+            const Vec number = K::spread(x + r * K::kStepBytes);
+            for (int i = 0; i < K::kSums; ++i) K::add(sum[r][i], w[i], number);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < K::kSums; ++i) sums[r][i] = begin ? sums[r][i] + sum[r][i] : sum[r][i];
   }
 };
 

@@ -161,8 +161,8 @@ int64_t small_head(const SmallHeadParams& p) {
     double* wide = reinterpret_cast<double*>(base);
     float* row = reinterpret_cast<float*>(base + layout.row);
     float* pooled = reinterpret_cast<float*>(base + layout.pooled);
-    const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale)};
     const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
+    const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale), rows};
     for (int64_t r = 0; r < rows; ++r) {
       const float* ready = row;
       const int64_t at = (begin + r) * p.hidden_stride;
@@ -178,14 +178,14 @@ int64_t small_head(const SmallHeadParams& p) {
       isa.pack_row(first.weight.dtype, ready, p.width, r, x);
     }
     if (p.pooled) {
-      isa.linear_rows({&p.pooler, x, rows, base + layout.panel, pooled});
+      isa.linear_rows({&p.pooler, x, base + layout.panel, pooled});
       for (int64_t r = 0; r < rows; ++r) {
         float* values = pooled + r * p.pooler.outputs;
         for (int64_t d = 0; d < p.pooler.outputs; ++d) values[d] = rounded_to(p.head.weight.dtype, values[d]);
         isa.pack_row(p.head.weight.dtype, values, p.pooler.outputs, r, x);
       }
     }
-    isa.linear_rows({&p.head, x, rows, base + layout.panel, p.out + begin * p.head.outputs});
+    isa.linear_rows({&p.head, x, base + layout.panel, p.out + begin * p.head.outputs});
     const Verdict v = judge(p, begin, rows);
     gone += v.gone;
     unsure += v.unsure;

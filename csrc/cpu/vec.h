@@ -33,7 +33,7 @@ EXEUNT_INLINE To bits(From from) {  // the same bits under another element type
   return to;
 }
 
-EXEUNT_INLINE Vec splat(float value) { return Vec{} + value; }
+EXEUNT_INLINE Vec splat(float value) { return value - Vec{}; }  // 0 + value would be an addition: -0 becomes 0
 
 EXEUNT_INLINE Vec load(const float* p) {
   Vec v;
@@ -61,18 +61,6 @@ EXEUNT_INLINE Vec load(const Float16* p) {
   const UVec sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
   const UVec finite = bits<UVec>(bits<Vec>(rest) * 0x1p112f);
   return bits<Vec>(sign | (rest >= (0x7c00u << 13) ? rest | 0x7f800000u : finite));
-#endif
-}
-
-// Tell the compiler that v is better loaded once than read from memory by each instruction that uses it.
-template <class V>
-EXEUNT_INLINE void keep_in_register([[maybe_unused]] V& v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
 #endif
 }
 
