@@ -24,7 +24,8 @@ import torch
 from torch.nn import functional as F
 
 import peaks
-from exeunt.ops import _backend, ragged_attention
+from exeunt.memory import zeros_on_huge_pages
+from exeunt.ops import ragged_attention
 
 HEADS, KV_HEADS, SIZE = 32, 8, 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -45,7 +46,7 @@ TURNS = 7
 @pytest.fixture(scope="module")
 def read_other():
     """Reads other memory, and returns the GB/s."""
-    library, memory = peaks.library(), _backend.huge_pages((OTHER,), torch.uint8)
+    library, memory = peaks.library(), zeros_on_huge_pages((OTHER,), torch.uint8)
     memory.fill_(1)
     return lambda: max(library.read_rate(memory.data_ptr(), OTHER, torch.get_num_threads(), s) for s in (2, 4))
 
@@ -56,7 +57,7 @@ def sides_of(lengths, queries, dtype, huge):
     held = torch.tensor(lengths)
     keys, values = torch.randn(2, rows, KV_HEADS, most, SIZE).to(dtype)
     if huge:
-        keys, values = (_backend.huge_pages(t.shape, dtype).copy_(t) for t in (keys, values))
+        keys, values = (zeros_on_huge_pages(t.shape, dtype).copy_(t) for t in (keys, values))
     q = torch.randn(rows, queries, HEADS, SIZE).to(dtype)
     bounds, listed = torch.arange(rows + 1) * queries, torch.arange(rows)
     at = held[:, None] - queries + torch.arange(queries)  # [rows, queries]

@@ -20,6 +20,7 @@ from exeunt import (
 )
 from exeunt.attach import Attached, attach
 from exeunt.cascade import Cascade
+from exeunt.memory import huge_pages
 from exeunt.models import register_attention
 from exeunt.pipeline import pipeline
 from exeunt.report import Report
@@ -37,6 +38,7 @@ __all__ = [
     "classifier_heads",
     "confidence",
     "heads",
+    "huge_pages",
     "ops",
     "pipeline",
     "policies",

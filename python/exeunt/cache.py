@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from exeunt.generation import GenerationState, Skipped, Token
 from exeunt.models import KeyValues, LayerCall
-from exeunt.ops import _backend
+from exeunt.memory import zeros_on_huge_pages
 
 __all__ = ["ExitCacheLayer", "adopt"]
 
@@ -320,7 +320,7 @@ class ExitCacheLayer(DynamicLayer):
             part = part.index_select(0, rows)
         shape = part.shape[0], held.shape[1], capacity, held.shape[3]
         large = held.is_cpu and math.prod(shape) * held.itemsize >= _HUGE
-        new = _backend.huge_pages(shape, held.dtype) if large else held.new_empty(shape)
+        new = zeros_on_huge_pages(shape, held.dtype) if large else held.new_empty(shape)
         _put(part, new)
         return new
 

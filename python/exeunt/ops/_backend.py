@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import math
-import mmap
 import os
 import warnings
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch  # before the extensions: they then share the OpenMP runtime that torch has loaded
@@ -50,15 +47,6 @@ def place(device: torch.device) -> tuple[int, ...]:
     if device.type == "cpu":
         return (torch.get_num_threads(),)
     return (device.index, torch.cuda.current_stream(device).cuda_stream)
-
-
-def huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in memory on huge pages, where the system has them: what is read from end to end gains by it."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from exeunt.ops import _backend
+from exeunt.memory import zeros_on_huge_pages
 
 _TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
 _ROWS_AT_ONCE = 4096
@@ -65,7 +65,7 @@ class PackedHead:
         per_line = _LINE // element
         tiles, lines = -(-v // _TILE), -(-d // per_line)
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
-        self.data = _backend.huge_pages((tiles, lines, _TILE, per_line), stored)
+        self.data = zeros_on_huge_pages((tiles, lines, _TILE, per_line), stored)
         self.scale = torch.zeros(tiles * _TILE) if self.dtype == torch.int8 else None
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):

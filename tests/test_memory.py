@@ -1,0 +1,98 @@
+"""Huge pages: values stay, addresses but for weights mapped from a file, and memory says that the pages are there."""
+
+import mmap
+import re
+import sys
+
+import pytest
+import torch
+
+import exeunt
+from exeunt import memory
+
+PAGE = 1 << 21
+
+
+def huge_bytes(tensor):
+    """Bytes on huge pages of the mapping that holds a tensor, as the system counts them."""
+    inside = False
+    for line in open("/proc/self/smaps"):
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.fixture
+def pages():
+    if not exeunt.huge_pages(torch.nn.Linear(4096, 1024)):
+        pytest.skip("this system has no huge pages to give")
+
+
+def model(weight):
+    """Two layers, the second tied to the first, and a small norm."""
+    first, second = torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(1024, 4096, bias=False)
+    first.weight = second.weight = torch.nn.Parameter(weight)
+    return torch.nn.Sequential(first, torch.nn.LayerNorm(4096), torch.nn.Linear(4096, 1024), second)
+
+
+def test_weights_move_in_place(pages):
+    net = model(torch.randn(4096, 1024))
+    before = {name: (t.clone(), t.data_ptr(), t._version) for name, t in net.state_dict(keep_vars=True).items()}
+    moved = exeunt.huge_pages(net)
+    assert moved % PAGE == 0 and 28 << 20 <= moved <= 36 << 20
+    assert huge_bytes(net[0].weight) >= 14 << 20
+    for name, t in net.state_dict(keep_vars=True).items():
+        assert torch.equal(t, before[name][0]) and (t.data_ptr(), t._version) == before[name][1:]
+    assert exeunt.huge_pages(net) == moved
+
+
+def test_weights_mapped_from_a_file_are_copied_and_stay_tied(pages, tmp_path):
+    file = tmp_path / "weights"
+    weight = torch.randn(2 * 4096, 1024)
+    file.write_bytes(weight.numpy().tobytes())
+    mapped = torch.from_file(str(file), size=weight.numel()).view(2 * 4096, 1024)
+    net = model(mapped[:4096])
+    part = torch.nn.Parameter(mapped[4096:].t())  # the rest of the storage, not contiguous
+    net.part, old = part, mapped.data_ptr()
+    small = net[1].weight.data_ptr()
+    assert exeunt.huge_pages(net) >= 46 << 20 and huge_bytes(net[0].weight) >= 30 << 20
+    assert net[0].weight.data_ptr() != old and net[0].weight is net[3].weight and net.part is part
+    assert torch.equal(net[0].weight, weight[:4096]) and torch.equal(part, weight[4096:].t())
+    assert part.stride() == (1, 1024) and part.untyped_storage().data_ptr() == net[0].weight.data_ptr()
+    with torch.no_grad():
+        net[0].weight[0, 0] = 7.0
+    assert net[3].weight[0, 0] == 7.0 and float(mapped[0, 0]) == float(weight[0, 0])
+    assert small == net[1].weight.data_ptr() or torch.equal(net[1].weight, torch.ones(4096))
+
+
+def test_an_attached_model_says_the_same(pages, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, vocab_size=2048
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    net = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 2048, (2, 5))
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with exeunt.attach(net, exeunt.recipes.calm(exits=[2], threshold=0.0)) as ee:
+        want = net.generate(ids, **options)
+        assert exeunt.huge_pages(net) >= PAGE
+        assert torch.equal(net.generate(ids, **options), want)
+        assert ee.report().fill_ins and not ee.report().captures
+
+
+@pytest.mark.parametrize("reason", ["refused", "another system"])
+def test_where_there_are_none_nothing_is_done(monkeypatch, reason):
+    net = model(torch.randn(4096, 1024))
+    before = [(t.clone(), t.data_ptr()) for t in net.parameters()]
+    if reason == "refused":
+        monkeypatch.setattr(memory, "_COLLAPSE", 9999)
+    else:
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert exeunt.huge_pages(net) == 0
+    assert all(torch.equal(t, old) and t.data_ptr() == at for t, (old, at) in zip(net.parameters(), before, strict=True))
