@@ -7,7 +7,7 @@
 //   hidden rows      packed once, in groups of R rows whose numbers for one unit lie side by side
 //   registers        R rows x 16 columns of sums: each load of a unit serves R rows, each number of a hidden row is
 //                    spread over the lanes as it is read
-//   memory           beside the first group's products, a line of each weight row is fetched ahead into L2, in turn:
+//   memory           beside the first group's products, lines of the weight rows are fetched ahead, one row in turn:
 //                    prefetches that come in a burst fill the core's line buffers, and then memory waits
 //   result           z[16] of each hidden row, handed to the epilogue while it is in L1
 //
@@ -38,8 +38,10 @@ namespace {
 
 constexpr int64_t kUnits = 16;  // of a line
 constexpr int kSumRegisters = kLanes == 16 ? 16 : 8;
-constexpr int64_t kAhead = 512;      // bytes that hidden rows are fetched ahead from L2
-constexpr int64_t kFetchLines = 16;  // lines that a tile is fetched ahead into L2
+constexpr int64_t kAhead = 512;  // bytes that hidden rows are fetched ahead from L2
+// Lines that a tile's rows are fetched ahead, first into L2 and then into L1. Either step alone leaves memory waiting:
+// a core has few places for what it waits for, and each line takes one of them until it is where it was to go.
+constexpr int64_t kFar = 8, kNear = 4;
 constexpr int64_t kBlockBytes = 32;  // of a hidden row's numbers, per unit and line, that a block of D brings into L1
 
 // ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
@@ -220,6 +222,11 @@ struct Int8Planes : UnitKind<IVec> {
 
 // ---- the product of a tile with hidden rows, lanes along its 16 weight rows -----------------------------------------
 
+// Where line l of a tile begins, or of the next one where this one is over.
+EXEUNT_INLINE const char* line_of(const Tile& tile, int64_t l) {
+  return l < tile.lines ? tile.data + l * tile.line_stride : tile.next + (l - tile.lines) * tile.line_stride;
+}
+
 // One line of a tile: [16 rows][16 units] -> [16 units][16 rows], as K keeps it. Not inlined: it needs all registers.
 template <class K>
 [[gnu::noinline]] static void turn_line(const char* from, int64_t row_stride, Vec* to) {
@@ -318,16 +325,16 @@ struct VectorProduct {
   template <int R>
   EXEUNT_INLINE void add_rows(const Tile& tile, int64_t begin, int64_t lines, bool turns, Vec* side, const char* x,
                               typename K::Sum (*sums)[K::kSums]) {
-    const int64_t ahead = kFetchLines < tile.lines ? kFetchLines : tile.lines;
     typename K::Sum sum[R][K::kSums] = {};
     for (int64_t l = 0; l < lines; ++l, side += kLineVecs) {
-      const int64_t later = begin + l + ahead - tile.lines;
-      const char* fetch =
-          (later < 0 ? tile.data + tile.lines * tile.line_stride : tile.next) + later * tile.line_stride;
+      const char *far = line_of(tile, begin + l + kFar), *near = line_of(tile, begin + l + kNear);
       if (turns) turn_line<K>(tile.data + (begin + l) * tile.line_stride, tile.row_stride, side);
       const Vec* w = side;
-      for (int64_t u = 0; u < kUnits; ++u, fetch += tile.row_stride) {
-        if (turns) __builtin_prefetch(fetch, 0, 2);
+      for (int64_t u = 0; u < kUnits; ++u, far += tile.row_stride, near += tile.row_stride) {
+        if (turns) {
+          __builtin_prefetch(far, 0, 2);
+          __builtin_prefetch(near, 0, 3);
+        }
         for (int step = 0; step < K::kSteps; ++step, x += R * K::kStepBytes, w += K::kSums) {
           if constexpr (R * K::kStepBytes >= kLine) __builtin_prefetch(x + kAhead, 0, 3);
           for (int r = 0; r < R; ++r) {
