@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from exeunt.generation import GenerationState, Skipped, Token
-from exeunt.models import KeyValues, LayerCall
 from exeunt.memory import zeros_on_huge_pages
+from exeunt.models import KeyValues, LayerCall
 
 __all__ = ["ExitCacheLayer", "adopt"]
 

@@ -1,7 +1,7 @@
 """Huge pages: memory that is read from end to end, as weights and caches are, is read faster on them.
 
-A core that streams through memory walks the page tables every 4 KB, and its prefetcher begins anew there; on pages of 2 MB
-it does so 512 times less often.
+A core that streams through memory walks the page tables every 4 KB, and its prefetcher begins anew there; on pages of
+2 MB it does so 512 times less often.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def huge_pages(module: nn.Module) -> int:
 
     That is every step of a decoder with few rows, in the model's own layers as in exeunt's kernels. It asks Linux (6.1
     or newer) for pages of 2 MB, whatever the system's setting for them is, wherever parameters and buffers on the CPU
-    fill at least half of one, and takes about 2 s for a GB. Values stay, and so do addresses, but for weights that are
-    mapped from a file (`from_pretrained` does that where it need not convert them): those are copied to memory of their
-    own. May be called before or after `attach`, at any time when the model does not run. Where the system has no such
-    pages nothing is done.
+    fill at least half of one, and takes 2 to 3 s for a GB. Values stay, and so do addresses, unless weights are mapped
+    from a file (`from_pretrained` does that where it need not convert them): those, and with them small ones that are
+    on no huge page, are copied to memory of their own. May be called before or after `attach`, whenever the model does
+    not run. Where the system has no such pages nothing is done.
 
     Parameters
     ----------
