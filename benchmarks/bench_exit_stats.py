@@ -3,10 +3,11 @@
 One test is one shape. Its sides run in turns, so that a noisy machine is as noisy for each: the op on the weight as it
 lies, on a packed copy, on an int8 copy; the torch pipeline (norm, linear, float32 log-softmax, top 2, entropy), eager
 and under torch.compile. The floor is the slower of one read of the head and its multiply-adds, from read bandwidth
-measured beside each shape and peaks measured once (peaks.py).
+measured beside each shape and peaks measured once (peaks.py). The head lies on huge pages, where `exeunt.huge_pages`
+puts it, or on small ones as torch allocates it; packed copies are always on huge ones.
 
-`python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table. All shapes take half an hour; pick with
-`-k`, for example `-k "bf16 and (49152 or 32000)"`.
+`python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table. All shapes take an hour; pick with
+`-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ def heads():
     """One head at a time in memory, with its packed copies; they are the large tensors."""
     kept = {}
 
-    def make(v, d, dtype):
-        if (v, d, dtype) not in kept:
+    def make(*key):
+        if key not in kept:
             kept.clear()
+            v, d, dtype, pages = key
             head = (torch.randn(v, d) / d**0.5).to(dtype)
-            kept[v, d, dtype] = head, exeunt.ops.PackedHead(head), exeunt.ops.PackedHead(head, torch.int8)
-        return kept[v, d, dtype]
+            if pages == "huge":
+                exeunt.huge_pages(torch.nn.ParameterList([head]))
+            kept[key] = head, exeunt.ops.PackedHead(head), exeunt.ops.PackedHead(head, torch.int8)
+        return kept[key]
 
     return make
 
@@ -68,8 +72,9 @@ def machine():
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("v,d", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exit_stats(benchmark, heads, machine, v, d, dtype, n):
-    head, packed, int8 = heads(v, d, DTYPES[dtype])
+@pytest.mark.parametrize("pages", ["huge", "small"])
+def test_exit_stats(benchmark, heads, machine, v, d, dtype, n, pages):
+    head, packed, int8 = heads(v, d, DTYPES[dtype], pages)
     hidden, weight = torch.randn(n, d).to(head.dtype), torch.ones(d, dtype=head.dtype)
     torch.compiler.reset()
     compiled = torch.compile(pipeline, dynamic=False)
@@ -97,7 +102,7 @@ def test_exit_stats(benchmark, heads, machine, v, d, dtype, n):
         benchmark.pedantic(sides["exeunt"], rounds=3)
     floor = max(head.nbytes / (bandwidth * 1e9), 2 * n * v * d / peak[dtype])
     benchmark.extra_info.update(
-        v=v, d=d, dtype=dtype, n=n, threads=threads, bandwidth=bandwidth, floor=floor * 1e3,
+        v=v, d=d, dtype=dtype, n=n, pages=pages, threads=threads, bandwidth=bandwidth, floor=floor * 1e3,
         bound="read" if head.nbytes / (bandwidth * 1e9) == floor else "multiply-add",
         sides={side: statistics.median(t) * 1e3 for side, t in times.items()},
     )  # fmt: skip

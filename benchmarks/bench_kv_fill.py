@@ -7,7 +7,8 @@ model would come between two decoding steps: weights, cache and code have left t
 
 The floor is one read of the weights. Read bandwidth is measured three times a case, the best of 4 and 8 streams a
 thread on small and huge pages, over 1.5 GB: a last-level cache may hold all of less. Its median stands beside the
-medians of the sides.
+medians of the sides. The weights lie on huge pages, where `exeunt.huge_pages` puts a model's, or on small ones as torch
+allocates them.
 
 `python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table.
 """
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import exeunt
 import peaks
 from exeunt.ops import KVCache, KVLayer, KVStack, kv_fill
 
@@ -35,12 +37,13 @@ def library():
     return peaks.library()
 
 
-def make_stack(dtype):
-    def weight():
-        return (torch.randn(HEADS, SIZE, D) / D**0.5).to(dtype)
-
-    return KVStack([KVLayer(weight(), weight(), norm_weight=torch.ones(D, dtype=dtype)) for _ in range(LAYERS)],
-                   norm="rms", eps=1e-5)  # fmt: skip
+def make_stack(dtype, pages):
+    weights = [(torch.randn(HEADS, SIZE, D) / D**0.5).to(dtype) for _ in range(2 * LAYERS)]
+    if pages == "huge":
+        exeunt.huge_pages(torch.nn.ParameterList(weights))
+    ones = torch.ones(D, dtype=dtype)
+    layers = [KVLayer(*weights[2 * i : 2 * i + 2], norm_weight=ones) for i in range(LAYERS)]
+    return KVStack(layers, norm="rms", eps=1e-5)
 
 
 def torch_loop(hidden, rows, slots, stack, keys, values, rotary):
@@ -57,8 +60,9 @@ def torch_loop(hidden, rows, slots, stack, keys, values, rotary):
 
 @pytest.mark.parametrize("n", [1, 8, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kv_fill(benchmark, library, dtype, n):
-    stack = make_stack(DTYPES[dtype])
+@pytest.mark.parametrize("pages", ["huge", "small"])
+def test_kv_fill(benchmark, library, dtype, n, pages):
+    stack = make_stack(DTYPES[dtype], pages)
     keys, values = ([torch.zeros(8, HEADS, 256, SIZE, dtype=stack.dtype) for _ in range(LAYERS)] for _ in range(2))
     cache, hidden = KVCache(keys, values), torch.randn(n, D).to(stack.dtype)
     places = torch.zeros(n, dtype=torch.int64), torch.arange(n) % 8, torch.arange(n) // 8
@@ -102,6 +106,6 @@ def test_kv_fill(benchmark, library, dtype, n):
                 times["floor"].append(nbytes / (best * 1e9))
         benchmark.pedantic(at_once, rounds=3)
     benchmark.extra_info.update(
-        fill=f"{dtype}, {n} rows" if n > 1 else f"{dtype}, one row", threads=threads,
+        fill=f"{dtype}, {n} rows" if n > 1 else f"{dtype}, one row", pages=pages, threads=threads,
         sides={name: statistics.median(t) * 1e3 for name, t in times.items()},
     )  # fmt: skip

@@ -23,8 +23,8 @@ def table(results: dict) -> str:
         f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
         "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's.",
         "",
-        "| V x D | dtype | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for b in results["benchmarks"]:
         info = b["extra_info"]
@@ -33,7 +33,8 @@ def table(results: dict) -> str:
         cells = [f"{floor:.3g} {info['bound'][0]}", f"{ours:.3g} ({floor / ours:.2f})"]
         cells += [f"{t['packed']:.3g} ({floor / t['packed']:.2f})", f"{t['int8']:.3g}"]
         cells += [f"{t[peer]:.3g} ({t[peer] / ours:.2f}x)" for peer in ("torch", "torch.compile")]
-        lines.append(f"| {info['v']} x {info['d']} | {info['dtype']} | {info['n']} | " + " | ".join(cells) + " |")
+        case = f"{info['v']} x {info['d']} | {info['dtype']} | {info['pages']} | {info['n']}"
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -43,15 +44,15 @@ def fills(results: dict) -> str:
         f"{setup(results)}. Floor: one read of the weights; in brackets the part "
         "of its speed that is reached. Others: in brackets times kv_fill's.",
         "",
-        "| 16 layers, D=2048, 8 heads of 64 | floor | kv_fill | one by one | torch, layer by layer |",
-        "|---|---|---|---|---|",
+        "| 16 layers, D=2048, 8 heads of 64 | pages | floor | kv_fill | one by one | torch, layer by layer |",
+        "|---|---|---|---|---|---|",
     ]
     for b in results["benchmarks"]:
         t = b["extra_info"]["sides"]
         ours = t["kv_fill"]
         cells = [f"{t['floor']:.3g}", f"{ours:.3g} ({t['floor'] / ours:.2f})"]
         cells += [f"{t[peer]:.3g} ({t[peer] / ours:.2f}x)" for peer in ("one by one", "torch")]
-        lines.append(f"| {b['extra_info']['fill']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {b['extra_info']['fill']} | {b['extra_info']['pages']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
