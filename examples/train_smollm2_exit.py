@@ -13,6 +13,8 @@ One exit on 190,000 tokens, and three exits on a million:
     python examples/train_smollm2_exit.py --layers 12,18,24 --tokens 400000 --text text --chats 288 \\
         --sample 2048 --steps 2000 --out exits
 
+With ``--layers 24 --head layer --learning-rate 0.002`` the exit gets a decoder layer of its own, for comparison.
+
 Stopped, the same command goes on where it was. Load the result with
 ``exeunt.heads.ExitHeads.load("exits/exits.safetensors", model.config)``.
 """
