@@ -56,6 +56,17 @@ def fills(results: dict) -> str:
     return "\n".join(lines)
 
 
+def checks(results: dict) -> str:
+    """Markdown table of bench_small_head.py, one row a case."""
+    lines = [f"{setup(results).replace(' in ms', ' in us')}. torch: in brackets times exeunt's.", ""]
+    lines += ["| check | exeunt | torch |", "|---|---|---|"]
+    for b in results["benchmarks"]:
+        t = b["extra_info"]["sides"]
+        cells = f"{t['exeunt']:.1f} | {t['torch']:.1f} ({t['torch'] / t['exeunt']:.2f}x)"
+        lines.append(f"| {b['extra_info']['check']} | {cells} |")
+    return "\n".join(lines)
+
+
 def attention(results: dict) -> str:
     """Markdown table of bench_ragged_attention.py, one row a case."""
     lines = [
@@ -96,5 +107,5 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
     results = json.loads(parser.parse_args().file.read_text())
     info = results["benchmarks"][0]["extra_info"]
-    kinds = {"speed": pairs, "fill": fills, "attention": attention}
+    kinds = {"speed": pairs, "fill": fills, "attention": attention, "check": checks}
     print(next((kind for name, kind in kinds.items() if name in info), table)(results))
