@@ -1,8 +1,8 @@
 """The checks that read no vocabulary, a call each, beside torch: `pytest benchmarks/bench_small_head.py`.
 
-A case is a check of a few rows; its sides run in turns, many calls at a time, so caches are warm: what is measured is what
-a call costs beside its few multiply-adds. In a model, weights and code have left the caches between two checks, and a
-call takes several times as long on either side (docs/kernels.md).
+A case is a check of a few rows; its sides run in turns, many calls at a time, so caches are warm: what is measured is
+what a call costs beside its few multiply-adds. In a model, weights and code have left the caches between two checks, and
+a call takes several times as long on either side (docs/kernels.md).
 
 `python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table.
 """

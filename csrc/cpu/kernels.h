@@ -44,12 +44,13 @@ struct ExitStatsChunkArgs {
 // pack_row    packs row n of x.rows, of `width` floats
 using RowsBytes = int64_t (*)(DType weights, int64_t rows, int64_t width);
 using PackRow = void (*)(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);
-// out[rows, outputs] = activation(x W^T + b)
+// out[rows, outputs] = activation(x W^T + b), its columns [begin, end); begin is a multiple of 16
 struct LinearArgs {
   const LayerArg* layer;
   PackedRows x;
-  char* panel;  // as in ExitStatsChunkArgs
+  char* panel;  // as in ExitStatsChunkArgs; read where tile_of() copies
   float* out;
+  int64_t begin, end;
 };
 using LinearRows = void (*)(const LinearArgs&);
 using ExitStatsChunk = void (*)(const ExitStatsChunkArgs&);

@@ -25,8 +25,8 @@ void linear_rows(const LinearArgs& a) {
   product_begin(dtype);
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
-    for (int64_t at = 0; at < layer.outputs; at += kTile) {
-      const int count = static_cast<int>(layer.outputs - at < kTile ? layer.outputs - at : kTile);
+    for (int64_t at = a.begin; at < a.end; at += kTile) {
+      const int count = static_cast<int>(a.end - at < kTile ? a.end - at : kTile);
       alignas(64) float bias[kTile] = {};
       for (int i = 0; layer.bias.data && i < count; ++i)
         bias[i] = value_at(layer.bias.data, layer.bias.dtype, (at + i) * layer.bias.stride);

@@ -1,5 +1,6 @@
 // Small heads on CPU: blocks of rows go through mean or norm, pooler, head, statistics and a plain threshold one after
-// the other, while they are in cache. Blocks are what threads share out: a tagger judges thousands of rows.
+// the other, while they are in cache. Blocks are what threads share out: a tagger judges thousands of rows. Where there
+// is one block, they share the tiles of a large layer instead: reading a pooler takes one thread longer than all else.
 //
 //   workspace per thread: | row as doubles, as floats | packed rows, RowScale | pooled rows | panel |
 #include "cpu/small_head.h"
@@ -18,8 +19,9 @@
 namespace exeunt::cpu {
 namespace {
 
-constexpr int64_t kRows = 16;            // rows of a block at most
-constexpr double kSerialWork = 1 << 20;  // multiply-adds below which a parallel region costs more than it saves
+constexpr int64_t kRows = 16;              // rows of a block at most
+constexpr double kSerialWork = 1 << 20;    // multiply-adds below which a parallel region costs more than it saves
+constexpr int64_t kSerialLayer = 1 << 17;  // elements of a layer's weight, likewise where one block of rows reads it
 
 struct Layout {
   int64_t row, packed, scale, pooled, panel, total;
@@ -38,6 +40,19 @@ struct Layout {
 // No more than there are blocks.
 int threads_for(int64_t rows, int threads) {
   return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
+}
+
+// out[rows, outputs] of a layer for one block of rows. Only the last tile is copied to the panel.
+void linear(const LayerArg& layer, PackedRows x, char* panel, float* out, int threads) {
+  const int64_t tiles = (layer.outputs + 15) / 16;
+  const bool shared =
+      layer.outputs * layer.inputs >= kSerialLayer && layer.inputs * element_bytes(layer.weight.dtype) % 64 == 0;
+  const int64_t parts = shared ? std::min<int64_t>(threads, tiles) : 1;
+#pragma omp parallel for num_threads(static_cast<int>(parts)) if (parts > 1) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t end = std::min(tiles * (part + 1) / parts * 16, layer.outputs);
+    selected_isa().linear_rows({&layer, x, panel, out, tiles * part / parts * 16, end});
+  }
 }
 
 // mean[0..width) of the tokens of a row that count; the order of the sum does not see the others. The sums of a strip
@@ -135,6 +150,44 @@ Verdict judge(const SmallHeadParams& p, int64_t begin, int64_t rows) {
   return v;
 }
 
+// A block of rows, from mean or norm to verdict, in memory of its own. Its layers are read by `threads`.
+Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, char* base, int threads) {
+  const Isa& isa = selected_isa();
+  const LayerArg& first = p.pooled ? p.pooler : p.head;
+  // What already is what the product reads is not widened and rounded.
+  const bool as_it_is = p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
+                        p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
+  double* wide = reinterpret_cast<double*>(base);
+  float* row = reinterpret_cast<float*>(base + layout.row);
+  float* pooled = reinterpret_cast<float*>(base + layout.pooled);
+  const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
+  const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale), rows};
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* ready = row;
+    const int64_t at = (begin + r) * p.hidden_stride;
+    if (p.tokens > 1 || p.mask) {
+      mean_of_tokens(p, begin + r, row);
+      if (first.weight.dtype != DType::float32)
+        for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(first.weight.dtype, row[d]);
+    } else if (as_it_is) {
+      ready = static_cast<const float*>(p.hidden) + at;
+    } else {
+      normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
+    }
+    isa.pack_row(first.weight.dtype, ready, p.width, r, x);
+  }
+  if (p.pooled) {
+    linear(p.pooler, x, base + layout.panel, pooled, threads);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* values = pooled + r * p.pooler.outputs;
+      for (int64_t d = 0; d < p.pooler.outputs; ++d) values[d] = rounded_to(p.head.weight.dtype, values[d]);
+      isa.pack_row(p.head.weight.dtype, values, p.pooler.outputs, r, x);
+    }
+  }
+  linear(p.head, x, base + layout.panel, p.out + begin * p.head.outputs, threads);
+  return judge(p, begin, rows);
+}
+
 }  // namespace
 
 int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int64_t rows, int threads) {
@@ -144,49 +197,19 @@ int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int64_
 int64_t small_head(const SmallHeadParams& p) {
   const LayerArg& first = p.pooled ? p.pooler : p.head;
   const Layout layout(p.head.weight.dtype, p.width, p.pooled ? p.pooler.outputs : 0, p.rows);
-  const Isa& isa = selected_isa();
+  char* workspace = static_cast<char*>(p.workspace);
   const int64_t blocks = (p.rows + kRows - 1) / kRows;
+  if (blocks == 1) {  // outside of any parallel region: within one, threads would be made anew for the layer's
+    const Verdict v = of_block(p, layout, 0, workspace, std::max(1, p.threads));
+    return v.unsure ? -1 : v.gone;
+  }
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(first.outputs + p.tokens - 1) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : threads_for(p.rows, p.threads);
-
-  // What already is what the product reads is not widened and rounded.
-  const bool as_it_is = p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
-                        p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
   int64_t gone = 0, unsure = 0;
-
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(+ : gone, unsure)
   for (int64_t block = 0; block < blocks; ++block) {
-    char* base = static_cast<char*>(p.workspace) + omp_get_thread_num() * layout.total;
-    double* wide = reinterpret_cast<double*>(base);
-    float* row = reinterpret_cast<float*>(base + layout.row);
-    float* pooled = reinterpret_cast<float*>(base + layout.pooled);
-    const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
-    const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale), rows};
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* ready = row;
-      const int64_t at = (begin + r) * p.hidden_stride;
-      if (p.tokens > 1 || p.mask) {
-        mean_of_tokens(p, begin + r, row);
-        if (first.weight.dtype != DType::float32)
-          for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(first.weight.dtype, row[d]);
-      } else if (as_it_is) {
-        ready = static_cast<const float*>(p.hidden) + at;
-      } else {
-        normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
-      }
-      isa.pack_row(first.weight.dtype, ready, p.width, r, x);
-    }
-    if (p.pooled) {
-      isa.linear_rows({&p.pooler, x, base + layout.panel, pooled});
-      for (int64_t r = 0; r < rows; ++r) {
-        float* values = pooled + r * p.pooler.outputs;
-        for (int64_t d = 0; d < p.pooler.outputs; ++d) values[d] = rounded_to(p.head.weight.dtype, values[d]);
-        isa.pack_row(p.head.weight.dtype, values, p.pooler.outputs, r, x);
-      }
-    }
-    isa.linear_rows({&p.head, x, base + layout.panel, p.out + begin * p.head.outputs});
-    const Verdict v = judge(p, begin, rows);
+    const Verdict v = of_block(p, layout, block, workspace + omp_get_thread_num() * layout.total, 1);
     gone += v.gone;
     unsure += v.unsure;
   }

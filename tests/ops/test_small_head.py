@@ -133,3 +133,19 @@ def test_bad_probes_and_saturations_get_one_sentence():
         ops.saturation(torch.zeros(N, D), torch.zeros(N, D - 1))
     with pytest.raises(TypeError, match="saturation: previous must be float32, bfloat16 or float16"):
         ops.saturation(torch.zeros(N, D), torch.zeros(N, D).long())
+
+
+@pytest.mark.parametrize("inputs", [512, 500])
+@pytest.mark.parametrize("n", [1, 3, 16])
+def test_threads_share_a_large_pooler(inputs, n, monkeypatch):
+    """Of one block of rows; 520 outputs are 32 tiles and a half, which 3 threads cannot share evenly."""
+    torch.manual_seed(0)
+    hidden, pooler, weight = torch.randn(n, inputs), torch.randn(520, inputs) / 23, torch.randn(5, 520) / 23
+    options = dict(pooler_weight=pooler, pooler_bias=torch.randn(520))
+    want = reference.small_head(hidden, weight, **options)
+    got = []
+    for threads in (1, 2, 3, 50):
+        monkeypatch.setattr(_backend, "place", lambda device, threads=threads: (threads,))
+        got.append(ops.small_head(hidden, weight, **options))
+    torch.testing.assert_close(got[0], want, rtol=2e-5, atol=2e-5)
+    assert all(torch.equal(other, got[0]) for other in got[1:])
