@@ -1,8 +1,9 @@
 """The checks that read no vocabulary, a call each, beside torch: `pytest benchmarks/bench_small_head.py`.
 
 A case is a check of a few rows; its sides run in turns, many calls at a time, so caches are warm: what is measured is
-what a call costs beside its few multiply-adds. In a model, weights and code have left the caches between two checks, and
-a call takes several times as long on either side (docs/kernels.md).
+what a call costs beside its few multiply-adds. In a model, weights and code have left the caches between two checks,
+and a call takes several times as long on either side (docs/kernels.md). `attach` uses the bound check (`ops.Check`),
+which judges, too: there torch takes softmax, the two largest, their difference, a comparison, and counts.
 
 `python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table.
 """
@@ -26,8 +27,26 @@ CASES = {  # V, D, with a pooler
     "norm, pooler and head, 2 x 768": (2, 768, True),
     "norm, probe, 768": (1, 768, False),
     "saturation, 768": (0, 768, False),
+    "bound check, 2 x 768": (2, 768, False),
+    "bound check, 35 x 384": (35, 384, False),
+    "bound check, pooler, 2 x 384": (2, 384, True),
+    "bound check, pooler, 2 x 768": (2, 768, True),
 }
 TURNS, CALLS = 21, 50
+
+
+def bound(v, d, pooled, n):
+    hidden, weight, bias = torch.randn(n, 1, d), torch.randn(v, d) / d**0.5, torch.zeros(v)
+    pool = (torch.randn(d, d) / d**0.5, torch.zeros(d)) if pooled else (None, None)
+    check = ops.Check(weight, bias, *pool, measure="margin", threshold=0.5, tokens=False)
+
+    def stock():
+        x = hidden[:, 0]
+        x = x if pool[0] is None else torch.tanh(F.linear(x, *pool))
+        top = F.linear(x, weight, bias).softmax(-1).topk(2, -1).values
+        return int((top[:, 0] - top[:, 1] > 0.5).sum())
+
+    return {"exeunt": lambda: check(hidden, None)[0], "torch": stock}
 
 
 def sides_of(v, d, pooled, n):
@@ -56,7 +75,7 @@ def sides_of(v, d, pooled, n):
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("case", CASES)
 def test_small_head(benchmark, case, n):
-    sides = sides_of(*CASES[case], n)
+    sides = (bound if case.startswith("bound") else sides_of)(*CASES[case], n)
     times = {name: [] for name in sides}
     with torch.inference_mode():
         torch.testing.assert_close(sides["exeunt"](), sides["torch"](), rtol=1e-4, atol=1e-4)
