@@ -272,30 +272,12 @@ struct VectorProduct {
     for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
       const int64_t lines = begin + kBlockLines < tile.lines ? kBlockLines : tile.lines - begin;
       for (int64_t done = 0; done < all;) {
-        const auto take = [&](auto size) __attribute__((always_inline)) {
+        with_group(all - done, [&](auto size) __attribute__((always_inline)) {
           constexpr int R = decltype(size)::value;
-          if constexpr (R <= kMost) {
-            const char* numbers = data + done * row_bytes(tile.lines) + begin * R * row_bytes(1);
-            add_rows<R>(tile, begin, lines, done == 0, side, numbers, sums + done);
-            done += R;
-          }
-        };
-        switch (group_of(all - done)) {
-          case 16:
-            take(std::integral_constant<int, 16>());
-            break;
-          case 8:
-            take(std::integral_constant<int, 8>());
-            break;
-          case 4:
-            take(std::integral_constant<int, 4>());
-            break;
-          case 2:
-            take(std::integral_constant<int, 2>());
-            break;
-          default:
-            take(std::integral_constant<int, 1>());
-        }
+          const char* numbers = data + done * row_bytes(tile.lines) + begin * R * row_bytes(1);
+          add_rows<R>(tile, begin, lines, done == 0, side, numbers, sums + done);
+          done += R;
+        });
       }
     }
     alignas(64) float z[K::kPlanes * kTile];
@@ -314,10 +296,16 @@ struct VectorProduct {
   // Of a packed row.
   EXEUNT_INLINE int64_t row_bytes(int64_t lines) { return lines * kUnits * K::kSteps * K::kStepBytes; }
 
-  // Rows of the next group when so many are left: a few rows take as long as the next power of two of them.
+  // f(rows of the next group), when so many are left: a few rows take as long as the next power of two of them.
+  template <int R = kMost, class F>
+  EXEUNT_INLINE void with_group(int64_t left, F&& f) {
+    if constexpr (R > 1)
+      if (R / 2 >= left) return with_group<R / 2>(left, f);
+    f(std::integral_constant<int, R>());
+  }
   EXEUNT_INLINE int64_t group_of(int64_t left) {
-    int64_t size = kMost;
-    while (size > 1 && size / 2 >= left) size /= 2;
+    int64_t size = 0;
+    with_group(left, [&](auto rows) { size = rows(); });
     return size;
   }
 

@@ -16,8 +16,8 @@ static inline int64_t lines_of(DType weights, int64_t width) {
   return (width * element_bytes(weights) + kLine - 1) / kLine;
 }
 
-// Sixteen rows of a weight, full lines only, and where the next tile begins: lines * 1024 bytes from there on, for rows
-// that lie side by side as for packed ones.
+// Sixteen rows of a weight, full lines only, and where the tile begins that will be read next, whose first lines are
+// fetched at the end of this one; it is taken to lie as this one does.
 struct Tile {
   const char *data, *next;
   int64_t row_stride, line_stride;

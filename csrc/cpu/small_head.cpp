@@ -42,7 +42,8 @@ int threads_for(int64_t rows, int threads) {
   return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
 }
 
-// out[rows, outputs] of a layer for one block of rows. Only the last tile is copied to the panel.
+// out[rows, outputs] of a layer for one block of rows. Threads share it only where rows are whole lines: then no tile
+// but the last is copied to the panel, so that one thread writes there.
 void linear(const LayerArg& layer, PackedRows x, char* panel, float* out, int threads) {
   const int64_t tiles = (layer.outputs + 15) / 16;
   const bool shared =

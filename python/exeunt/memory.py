@@ -68,19 +68,25 @@ def huge_pages(module: nn.Module) -> int:
     return _PAGE * len(huge)
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where its storage begins and ends."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
 def _pages(tensor: Tensor) -> range:
     """Numbers of the pages that hold something of its storage."""
-    start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-    return range(start // _PAGE, (start + size - 1) // _PAGE + 1)
+    start, stop = _place(tensor)
+    return range(start // _PAGE, (stop - 1) // _PAGE + 1)
 
 
 def _filled(tensors: Iterable[Tensor]) -> set[int]:
     """Pages that their storages fill at least half."""
     filled: Counter[int] = Counter()
     for tensor in tensors:
-        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        start, stop = _place(tensor)
         for page in _pages(tensor):
-            filled[page] += min(start + size, (page + 1) * _PAGE) - max(start, page * _PAGE)
+            filled[page] += min(stop, (page + 1) * _PAGE) - max(start, page * _PAGE)
     return {page for page, size in filled.items() if 2 * size >= _PAGE}
 
 
