@@ -19,63 +19,77 @@ from torch.nn import functional as F
 
 from exeunt import ops
 
-CASES = {  # V, D, with a pooler
-    "norm and head, 2 x 768": (2, 768, False),
-    "norm and head, 35 x 384": (35, 384, False),
-    "norm and head, 64 x 1024": (64, 1024, False),
-    "norm, pooler and head, 2 x 384": (2, 384, True),
-    "norm, pooler and head, 2 x 768": (2, 768, True),
-    "norm, probe, 768": (1, 768, False),
-    "saturation, 768": (0, 768, False),
-    "bound check, 2 x 768": (2, 768, False),
-    "bound check, 35 x 384": (35, 384, False),
-    "bound check, pooler, 2 x 384": (2, 384, True),
-    "bound check, pooler, 2 x 768": (2, 768, True),
-}
 TURNS, CALLS = 21, 50
 
 
-def bound(v, d, pooled, n):
-    hidden, weight, bias = torch.randn(n, 1, d), torch.randn(v, d) / d**0.5, torch.zeros(v)
-    pool = (torch.randn(d, d) / d**0.5, torch.zeros(d)) if pooled else (None, None)
-    check = ops.Check(weight, bias, *pool, measure="margin", threshold=0.5, tokens=False)
-
-    def stock():
-        x = hidden[:, 0]
-        x = x if pool[0] is None else torch.tanh(F.linear(x, *pool))
-        top = F.linear(x, weight, bias).softmax(-1).topk(2, -1).values
-        return int((top[:, 0] - top[:, 1] > 0.5).sum())
-
-    return {"exeunt": lambda: check(hidden, None)[0], "torch": stock}
-
-
-def sides_of(v, d, pooled, n):
-    hidden, norm = torch.randn(n, d), torch.ones(d)
-    if v == 0:
-        before = torch.randn(n, d)
-        return {
-            "exeunt": lambda: ops.saturation(hidden, before),
-            "torch": lambda: F.cosine_similarity(hidden, before, dim=-1),
-        }
+def layers(v, d, pooled):
+    """A head and what comes before it, and both by torch."""
     weight, bias = torch.randn(v, d) / d**0.5, torch.zeros(v)
     pool = (torch.randn(d, d) / d**0.5, torch.zeros(d)) if pooled else (None, None)
-    options = dict(pooler_weight=pool[0], pooler_bias=pool[1], norm="layer", norm_weight=norm, eps=1e-5)
 
-    def stock():
-        x = F.layer_norm(hidden, (d,), norm, None, 1e-5)
-        x = x if pool[0] is None else torch.tanh(F.linear(x, *pool))
-        return F.linear(x, weight, bias)
+    def stock(x):
+        return F.linear(torch.tanh(F.linear(x, *pool)) if pooled else x, weight, bias)
 
-    if v == 1:
-        final = dict(options, final="sigmoid")
-        return {"exeunt": lambda: ops.small_head(hidden, weight, bias, **final), "torch": lambda: stock().sigmoid()}
-    return {"exeunt": lambda: ops.small_head(hidden, weight, bias, **options), "torch": stock}
+    return weight, bias, pool, stock
+
+
+def normed(v, d, pooled=False):
+    def sides(n):
+        hidden, norm = torch.randn(n, d), torch.ones(d)
+        weight, bias, pool, stock = layers(v, d, pooled)
+        options = dict(pooler_weight=pool[0], pooler_bias=pool[1], norm="layer", norm_weight=norm, eps=1e-5)
+        ours = lambda: ops.small_head(hidden, weight, bias, **options)  # noqa: E731
+        return ours, lambda: stock(F.layer_norm(hidden, (d,), norm, None, 1e-5))
+
+    return sides
+
+
+def probe(n, d=768):
+    hidden, norm = torch.randn(n, d), torch.ones(d)
+    weight, bias, _, stock = layers(1, d, False)
+    ours = lambda: ops.probe(hidden, weight[0], bias, norm="layer", norm_weight=norm, eps=1e-5)  # noqa: E731
+    return ours, lambda: stock(F.layer_norm(hidden, (d,), norm, None, 1e-5)).sigmoid()[:, 0]
+
+
+def saturation(n, d=768):
+    hidden, before = torch.randn(2, n, d)
+    return lambda: ops.saturation(hidden, before), lambda: F.cosine_similarity(hidden, before, dim=-1)
+
+
+def bound(v, d, pooled=False):
+    def sides(n):
+        hidden = torch.randn(n, 1, d)
+        weight, bias, pool, stock = layers(v, d, pooled)
+        check = ops.Check(weight, bias, *pool, measure="margin", threshold=0.5, tokens=False)
+
+        def judged():
+            top = stock(hidden[:, 0]).softmax(-1).topk(2, -1).values
+            return int((top[:, 0] - top[:, 1] > 0.5).sum())
+
+        return lambda: check(hidden, None)[0], judged
+
+    return sides
+
+
+CASES = {
+    "norm and head, 2 x 768": normed(2, 768),
+    "norm and head, 35 x 384": normed(35, 384),
+    "norm and head, 64 x 1024": normed(64, 1024),
+    "norm, pooler and head, 2 x 384": normed(2, 384, pooled=True),
+    "norm, pooler and head, 2 x 768": normed(2, 768, pooled=True),
+    "norm, probe, 768": probe,
+    "saturation, 768": saturation,
+    "bound check, 2 x 768": bound(2, 768),
+    "bound check, 35 x 384": bound(35, 384),
+    "bound check, pooler, 2 x 384": bound(2, 384, pooled=True),
+    "bound check, pooler, 2 x 768": bound(2, 768, pooled=True),
+}
 
 
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("case", CASES)
 def test_small_head(benchmark, case, n):
-    sides = (bound if case.startswith("bound") else sides_of)(*CASES[case], n)
+    sides = dict(zip(("exeunt", "torch"), CASES[case](n), strict=True))
     times = {name: [] for name in sides}
     with torch.inference_mode():
         torch.testing.assert_close(sides["exeunt"](), sides["torch"](), rtol=1e-4, atol=1e-4)
