@@ -3,6 +3,7 @@
 import mmap
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import exeunt
 from exeunt import memory
+from exeunt.ops import _backend
 
 PAGE = 1 << 21
 
@@ -99,3 +101,18 @@ def test_where_there_are_none_nothing_is_done(monkeypatch, reason):
     assert exeunt.huge_pages(net) == 0
     for t, (old, at) in zip(net.parameters(), before, strict=True):
         assert torch.equal(t, old) and t.data_ptr() == at
+
+
+def test_scratch_is_kept_grows_and_is_a_threads_own():
+    small = _backend.scratch(100)
+    assert _backend.scratch(1 << 20).data_ptr() == small.data_ptr()  # on a page of 2 MB
+    large = _backend.scratch(len(small) + 1)
+    assert len(large) > len(small) and large.data_ptr() % 64 == 0
+    assert _backend.scratch(1).data_ptr() == large.data_ptr()
+    once = _backend.scratch((1 << 24) + 1)
+    assert len(once) > 1 << 24 and _backend.scratch(1).data_ptr() == large.data_ptr()
+    others = []
+    thread = threading.Thread(target=lambda: others.append(_backend.scratch(1)))
+    thread.start()
+    thread.join()
+    assert others[0].data_ptr() != large.data_ptr()

@@ -27,7 +27,7 @@ int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab +
 
 // Where everything lies in the workspace, each part on a 64-byte boundary.
 struct Layout {
-  int64_t chunk, chunks, scale, out_rows, partials, topk, drawn, panels, panel_bytes, row_bytes, total;
+  int64_t chunk, chunks, scale, out_rows, partials, topk, drawn, panels, panel_size, row_bytes, total;
   Layout(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t k, bool draws, int32_t threads)
       : chunk(chunk_size(vocab)), chunks((vocab + chunk - 1) / chunk) {
     scale = round_up(selected_isa().rows_bytes(head, rows, width), 64);
@@ -36,9 +36,9 @@ struct Layout {
     topk = partials + round_up(rows * chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
     drawn = topk + round_up(rows * chunks * k * static_cast<int64_t>(sizeof(Candidate)), 64);
     panels = drawn + round_up(rows * chunks * draws * static_cast<int64_t>(sizeof(Candidate)), 64);
-    panel_bytes = 16 * round_up(width * element_bytes(head), 64) + 64;  // a tile and its scales
+    panel_size = panel_bytes(head, width);
     row_bytes = round_up(width * static_cast<int64_t>(sizeof(double) + sizeof(float)), 64);
-    total = panels + std::max(1, threads) * (panel_bytes + row_bytes);
+    total = panels + std::max(1, threads) * (panel_size + row_bytes);
   }
 };
 
@@ -96,13 +96,13 @@ void exit_stats(const ExitStatsParams& p) {
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_bytes + layout.row_bytes);
-    double* wide = reinterpret_cast<double*>(panel + layout.panel_bytes);
+    char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
+    double* wide = reinterpret_cast<double*>(panel + layout.panel_size);
     float* row = reinterpret_cast<float*>(wide + p.width);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 16)  // rows of a group lie in the same lines: one thread writes them
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
-      normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
+      isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
       isa.pack_row(p.head.dtype, row, p.width, r, x);
     }
 #pragma omp for schedule(guided)  // runs of chunks: what was fetched ahead is the same thread's

@@ -1,10 +1,10 @@
 // exit_stats, one vocabulary chunk: the streaming product with statistics as its epilogue.
 //
-//   head chunk            for each tile of 16 vocabulary rows (product.h):
-//   +-----------+           for each hidden row: its 16 products z, in L1
-//   | 16 rows   | tile        -> bias, logits_out, scale, softcap, temperature
-//   +-----------+             -> LaneStats of the row: lane l follows vocabulary rows l, l + lanes, ...
-//   | 16 rows   |         at the end of the chunk the lanes of each row are merged to one ExitStats
+//   head chunk            for each tile of 16 vocabulary rows (product.h): 16 products z of each hidden row, in L1
+//   +-----------+           -> bias, logits_out, scale, softcap, temperature
+//   | 16 rows   | tile      -> LaneStats of the row: lane l follows vocabulary rows l, l + lanes, ...
+//   +-----------+         at the end of the chunk the lanes of each row are merged to one ExitStats
+//   | 16 rows   |
 //
 // Hazard: products past the end of the chunk mean nothing; -inf takes their place before anything looks at them.
 #include <limits>
@@ -118,7 +118,6 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   IVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 
-  product_begin(p.head.dtype);
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     alignas(64) LaneStats stats[kMaxRows];
@@ -130,8 +129,8 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
       for (Candidate& c : top[r].list) c = candidate_none();
     }
 
-    for (int64_t vocab = a.begin; vocab < a.end; vocab += kTile) {
-      const int count = static_cast<int>(a.end - vocab < kTile ? a.end - vocab : kTile);
+    // A loop over the rows for each thing that is asked, so that what every call needs runs without branches.
+    const auto epilogue = [&](int64_t vocab, int count, float (*z)[kTile]) {
       alignas(64) float bias[kTile];
       alignas(64) uint32_t vocabulary[kTile];
       for (int i = 0; (p.head_bias.data || p.seeds) && i < kTile; ++i) {
@@ -139,38 +138,37 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
         vocabulary[i] = static_cast<uint32_t>(v);
         bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
       }
-      const Tile tile = tile_of(p.head, p.width, vocab, count, p.columns, a.panel);
-      const auto epilogue = [&](int64_t r, const float* z) {
-        LaneStats s = stats[r];
-        for (int i = 0; i < count; i += kLanes) {
-          Vec v = load(z + i);
-          if (p.head_bias.data) v += load(bias + i);
-          if (p.logits_out) {
-            alignas(64) float raw[kLanes];
-            store(raw, v);
-            const int64_t at = a.out_rows[first + r] * p.logits_stride + vocab + i;
-            for (int l = 0; l < kLanes && i + l < count; ++l) store_at(p.logits_out, p.logits_dtype, at + l, raw[l]);
-          }
-          v *= gain_in;
-          if (capped) v = tanh(v) * gain_out;
-          if (count - i < kLanes) v = lane < count - i ? v : splat(-kInf);
-          const IVec ids = lane + (static_cast<int32_t>(vocab) + i);
-          push<Entropy>(s, v, ids);
-          if (p.topk) offer(top[r], p.topk, v, ids);
-          if (p.seeds) {
-            UVec counter;
-            __builtin_memcpy(&counter, vocabulary + i, sizeof counter);
-            draw(drawn[r], v, ids, counter, static_cast<uint64_t>(p.seeds[first + r]));
-          }
-          if (p.target) {
-            const int64_t at = p.target[first + r] - vocab - i;
-            if (at >= 0 && at < kLanes && at + i < count) p.target_out[first + r] = v[at];
-          }
-        }
-        stats[r] = s;
+      // use(row, column, z as it is): for every vector of products
+      const auto each = [&](auto use) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int i = 0; i < kTile; i += kLanes) use(r, i, load(z[r] + i));
       };
-      product(p.head.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
-    }
+      const auto ids_at = [&](int i) { return lane + (static_cast<int32_t>(vocab) + i); };
+      if (p.head_bias.data) each([&](int64_t r, int i, Vec v) { store(z[r] + i, v + load(bias + i)); });
+      for (int64_t r = 0; p.logits_out && r < rows; ++r) {
+        const int64_t at = a.out_rows[first + r] * p.logits_stride + vocab;
+        for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, at + i, z[r][i]);
+      }
+      if (capped)
+        each([&](int64_t r, int i, Vec v) { store(z[r] + i, tanh(v * gain_in) * gain_out); });
+      else
+        each([&](int64_t r, int i, Vec v) { store(z[r] + i, v * gain_in); });
+      if (count < kTile) each([&](int64_t r, int i, Vec v) { store(z[r] + i, lane < count - i ? v : splat(-kInf)); });
+
+      each([&](int64_t r, int i, Vec v) { push<Entropy>(stats[r], v, ids_at(i)); });
+      if (p.topk) each([&](int64_t r, int i, Vec v) { offer(top[r], p.topk, v, ids_at(i)); });
+      if (p.seeds)
+        each([&](int64_t r, int i, Vec v) {
+          UVec counter;
+          __builtin_memcpy(&counter, vocabulary + i, sizeof counter);
+          draw(drawn[r], v, ids_at(i), counter, static_cast<uint64_t>(p.seeds[first + r]));
+        });
+      for (int64_t r = 0; p.target && r < rows; ++r) {
+        const int64_t at = p.target[first + r] - vocab;
+        if (at >= 0 && at < count) p.target_out[first + r] = z[r][at];
+      }
+    };
+    product({p.head, p.width, p.columns, a.panel, nullptr}, a.begin, a.end, a.x, first, rows, epilogue_of(epilogue));
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first + r) * a.partial_stride;
       a.partials[at] = collect(stats[r]);
@@ -178,7 +176,6 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
       if (p.seeds) a.drawn[at] = collect(drawn[r]);
     }
   }
-  product_end(p.head.dtype);
 }
 
 }  // namespace

@@ -53,6 +53,8 @@ bool has_amx() {
 
 #define EXEUNT_ISA_OF(isa)     \
   {#isa,                       \
+   isa::standardise,           \
+   isa::normalise,             \
    isa::rows_bytes,            \
    isa::pack_row,              \
    isa::exit_stats_chunk,      \

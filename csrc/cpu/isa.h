@@ -8,6 +8,8 @@ namespace exeunt::cpu {
 
 struct Isa {
   const char* name;
+  Standardise standardise;
+  Normalise normalise;
   RowsBytes rows_bytes;
   PackRow pack_row;
   ExitStatsChunk exit_stats_chunk;

@@ -40,6 +40,14 @@ struct ExitStatsChunkArgs {
   int64_t partial_stride;
 };
 
+// wide[0..width) = the row that begins at element `at` of hidden, without its mean (layer) and divided by its size.
+// Statistics are taken in double: D is short beside the product, and squares of large hidden values cannot overflow.
+using Standardise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps,
+                             double* wide);
+// x[0..width) = the norm of that row, rounded once to the dtype of the weight that it will meet, as the model's own
+// norm would hand it over. `wide` is scratch for `width` doubles.
+using Normalise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm,
+                           DType weight, float* x, double* wide);
 // rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype
 // pack_row    packs row n of x.rows, of `width` floats
 using RowsBytes = int64_t (*)(DType weights, int64_t rows, int64_t width);
@@ -83,6 +91,9 @@ using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const Ragg
 
 #define EXEUNT_DECLARE_KERNELS(isa)                                                                                   \
   namespace isa {                                                                                                     \
+  void standardise(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps, double* wide);   \
+  void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm, DType weight,       \
+                 float* x, double* wide);                                                                             \
   int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                                                     \
   void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);                             \
   void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                              \

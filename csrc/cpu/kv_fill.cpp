@@ -35,7 +35,7 @@ struct Layout {
     const auto floats = [](int64_t count) { return round_up(count * static_cast<int64_t>(sizeof(float)), 64); };
     scale = round_up(selected_isa().rows_bytes(dtype, rows, width), 64);
     panel = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
-    head = panel + 16 * round_up(width * element_bytes(dtype), 64) + 64;
+    head = panel + panel_bytes(dtype, width);
     row = head + floats(kBlockRows * round_up(head_size, 16));
     thread = row + floats(width);
     threads_at = round_up(rows * width * static_cast<int64_t>(sizeof(double)), 64);
@@ -115,8 +115,8 @@ void kv_fill(const KvFillParams& p) {
     int64_t packed_layer = -1;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.rows; ++n)
-      standardise(p.hidden, p.hidden_dtype, p.source[n] * p.hidden_stride, p.width, p.norm, p.eps,
-                  standard + n * p.width);
+      isa.standardise(p.hidden, p.hidden_dtype, p.source[n] * p.hidden_stride, p.width, p.norm, p.eps,
+                      standard + n * p.width);
 #pragma omp for schedule(guided)
     for (int64_t i = 0; i < units; ++i) {
       const auto [layer, h, keys] = unit(i);

@@ -93,7 +93,6 @@ void kv_fill_head(const KvHeadArgs& a) {
   const int64_t bytes = element_bytes(p.dtype);
   const int64_t stride = (p.head_size + kTile - 1) / kTile * kTile, block = product_rows(p.dtype);
 
-  product_begin(p.dtype);
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     // A head's place in the cache is a page of its own: without this, its store waits there for microseconds.
@@ -101,16 +100,11 @@ void kv_fill_head(const KvHeadArgs& a) {
       const char* place = static_cast<const char*>(out) + place_of(r) * bytes;
       for (int64_t at = 0; at < p.head_size * bytes; at += kLine) __builtin_prefetch(place + at, 1, 3);
     }
-    for (int64_t at = 0; at < p.head_size; at += kTile) {
-      const int count = static_cast<int>(p.head_size - at < kTile ? p.head_size - at : kTile);
-      Tile tile = tile_of(weight, p.width, at, count, nullptr, a.panel);
-      if (at + kTile >= p.head_size)
-        tile.next = first + block < a.x.rows ? static_cast<const char*>(weight.data) : a.next;
-      const auto epilogue = [&](int64_t r, const float* z) {
-        __builtin_memcpy(a.out + r * stride + at, z, sizeof(float) * kTile);
-      };
-      product(p.dtype, tile, a.x, first, rows, epilogue_of(epilogue));
-    }
+    const auto epilogue = [&](int64_t at, int, float (*z)[kTile]) {
+      for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(a.out + r * stride + at, z[r], sizeof z[r]);
+    };
+    const char* next = first + block < a.x.rows ? static_cast<const char*>(weight.data) : a.next;
+    product({weight, p.width, nullptr, a.panel, next}, 0, p.head_size, a.x, first, rows, epilogue_of(epilogue));
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = first + r;
       float* z = a.out + r * stride;
@@ -126,7 +120,6 @@ void kv_fill_head(const KvHeadArgs& a) {
       store_row(out, p.dtype, place_of(n), z, p.head_size);
     }
   }
-  product_end(p.dtype);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

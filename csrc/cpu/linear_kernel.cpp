@@ -22,25 +22,21 @@ void linear_rows(const LinearArgs& a) {
   const LayerArg& layer = *a.layer;
   const DType dtype = layer.weight.dtype;
   const int64_t block = product_rows(dtype);
-  product_begin(dtype);
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
-    for (int64_t at = a.begin; at < a.end; at += kTile) {
-      const int count = static_cast<int>(a.end - at < kTile ? a.end - at : kTile);
+    const auto epilogue = [&](int64_t at, int count, float (*z)[kTile]) {
       alignas(64) float bias[kTile] = {};
       for (int i = 0; layer.bias.data && i < count; ++i)
         bias[i] = value_at(layer.bias.data, layer.bias.dtype, (at + i) * layer.bias.stride);
-      const Tile tile = tile_of(layer.weight, layer.inputs, at, count, nullptr, a.panel);
-      const auto epilogue = [&](int64_t r, const float* z) {
-        alignas(64) float out[kTile];
+      for (int64_t r = 0; r < rows; ++r) {
         for (int i = 0; i < kTile; i += kLanes)
-          store(out + i, activated(load(z + i) + load(bias + i), layer.activation));
-        __builtin_memcpy(a.out + (first + r) * layer.outputs + at, out, sizeof(float) * static_cast<uint64_t>(count));
-      };
-      product(dtype, tile, a.x, first, rows, epilogue_of(epilogue));
-    }
+          store(z[r] + i, activated(load(z[r] + i) + load(bias + i), layer.activation));
+        __builtin_memcpy(a.out + (first + r) * layer.outputs + at, z[r], sizeof(float) * static_cast<uint64_t>(count));
+      }
+    };
+    const Stream stream{layer.weight, layer.inputs, nullptr, a.panel, nullptr};
+    product(stream, a.begin, a.end, a.x, first, rows, epilogue_of(epilogue));
   }
-  product_end(dtype);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

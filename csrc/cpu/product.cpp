@@ -1,33 +1,33 @@
-// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time.
+// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time (with
+// tile registers, two: product_amx.inc).
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
 //   unit             four bytes of a weight row: one float32, two halves, four int8
-//   block of D       some lines of a tile at a time are turned, 16 rows x 16 units -> 16 units x 16 rows, and kept in
-//                    L1 as what the products want: from then on lanes are weight rows
-//   hidden rows      packed once, in groups of R rows whose numbers for one unit lie side by side
-//   registers        R rows x 16 columns of sums: each load of a unit serves R rows, each number of a hidden row is
-//                    spread over the lanes as it is read
-//   memory           beside the first group's products, lines of the weight rows are fetched ahead, one row in turn:
-//                    prefetches that come in a burst fill the core's line buffers, and then memory waits
-//   result           z[16] of each hidden row, handed to the epilogue while it is in L1
+//   number           what a product multiplies, four bytes as well: a unit, or one float of those that it widens to
+//                    (product_kinds.h)
+//   block of D       128 numbers of each weight row: some lines of a tile at a time are copied into L1 as numbers
+//   memory           beside products, later lines of the weight rows are fetched, one row in turn: prefetches that come
+//                    in a burst fill the core's line buffers, and then memory waits
+//   result           z[rows][16], handed to the epilogue while it is in L1
 //
-//   kind             unit is kept as                     number of a hidden row     sums
-//   Float32          it is                               float                      float
-//   Bfloat16         its even element, then its odd one  float                      float     (no bfloat16 instruction)
-//   Bfloat16Pairs    it is                               two bfloat16               float     vdpbf16ps
-//   Half             two floats, lanes side by side      two floats                 float     of even and of odd D
-//   Int8             four floats, one after the other    float                      float     (no int8 instruction)
-//   Int8Planes       it is                               four of an int8 plane      int32     vpdpbusd
+// Up to kFew hidden rows                                 More of them
+//   lanes         16 weight rows: a line is turned,        hidden rows: packed kLanes side by side, number by number
+//                 16 rows x 16 units -> 16 x 16
+//   registers     R rows x 16 columns of sums; each load   W weight rows x H vectors of hidden rows; each load of a
+//                 of a unit serves R rows                  vector serves W weight rows
+//   spread        numbers of a hidden row                  numbers of a weight row
+//   costs         the turn, as much as 8 rows' products    lanes that no row fills
 //
-// Bits: every (row, weight row) product is a sum over blocks of D of sums in its order, whatever R is and wherever the
-// weight lies, so a row's result depends neither on its neighbours nor on the thread.
-// Hazard: the rows of a short tile's end are not the weight's (product.h): the epilogue masks their products. A last
-// group may be larger than the rows that are left: the others are zeros.
+// Bits: every (row, weight row) product is a sum over blocks of D of sums in its order, whichever way lanes run and
+// wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
+// Hazard: the rows of a short tile's end are not the weight's: the epilogue masks their products. A last group may be
+// larger than the rows that are left: the others are zeros.
 #include "cpu/product.h"
 
-#include <limits>
 #include <type_traits>
 
+#include "cpu/product_kinds.h"
+#include "cpu/rows.h"
 #include "cpu/vec.h"
 #if defined(EXEUNT_AMX)
 #include "cpu/tiles.h"
@@ -36,304 +36,296 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int64_t kUnits = 16;  // of a line
+constexpr int64_t kBlockNumbers = 128;
+constexpr int kFew = kLanes == 16 ? 8 : 4;  // packed rows up to which lanes are weight rows
 constexpr int kSumRegisters = kLanes == 16 ? 16 : 8;
-constexpr int64_t kAhead = 512;  // bytes that hidden rows are fetched ahead from L2
-// Lines that a tile's rows are fetched ahead, first into L2 and then into L1. Either step alone leaves memory waiting:
-// a core has few places for what it waits for, and each line takes one of them until it is where it was to go.
+// Lines that a tile's rows are fetched ahead where memory sets the time, first into L2 and then into L1. Either step
+// alone leaves memory waiting: a core has few places for what it waits for, and each line takes one of them until it
+// is where it was to go.
 constexpr int64_t kFar = 8, kNear = 4;
-constexpr int64_t kBlockBytes = 32;  // of a hidden row's numbers, per unit and line, that a block of D brings into L1
 
-// ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
+// ---- weight tiles --------------------------------------------------------------------------------------------------
 
-// Integer products are exact, so a row is split rather than rounded: q = round(x / scale), |q| <= 127 * 128, is
-// 128 * high + low, both int8, and the planes are packed as two rows. Weights are stored + 128, because the
-// instructions want unsigned by signed: join_planes() takes 128 * sum(plane) off again.
+constexpr int kMostTiles = 2;
 
-// The scale of a row, whose sums its parts will add to. A row that is not finite is flagged: all its products are NaN.
-EXEUNT_INLINE RowScale plane_scale(const float* row, int64_t width) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t d = 0; d < width; ++d) {
-    const float magnitude = row[d] < 0.0f ? -row[d] : row[d];
-    finite = finite && magnitude < std::numeric_limits<float>::infinity();  // NaN compares false
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return {finite ? largest / (127 * 128) : std::numeric_limits<float>::quiet_NaN(), 0, 0};
-}
+int64_t lines_of(DType weights, int64_t width) { return (width * element_bytes(weights) + kLine - 1) / kLine; }
 
-// The planes of `count` elements of a row, zeros where it has no scale.
-EXEUNT_INLINE void split_planes(const float* row, int64_t count, RowScale& s, int8_t* high_plane, int8_t* low_plane) {
-  constexpr float kLeast = 1e-30f / (127 * 128);
-  if (!(s.scale >= kLeast)) {
-    __builtin_memset(high_plane, 0, static_cast<uint64_t>(count));
-    __builtin_memset(low_plane, 0, static_cast<uint64_t>(count));
-    return;
-  }
-  int32_t sum_high = 0, sum_low = 0;
-  for (int64_t d = 0; d < count; ++d) {
-    const float q = row[d] / s.scale;
-    const int rounded = static_cast<int>(q < 0.0f ? q - 0.5f : q + 0.5f);
-    const int high = (rounded + 64 + (128 << 8)) / 128 - 256, low = rounded - 128 * high;  // low in [-64, 63]
-    high_plane[d] = static_cast<int8_t>(high);
-    low_plane[d] = static_cast<int8_t>(low);
-    sum_high += high;
-    sum_low += low;
-  }
-  s.sum_high += sum_high;
-  s.sum_low += sum_low;
-}
+// Sixteen rows of a weight, full lines only, and where the tile begins that will be read next in its place, whose first
+// lines are fetched at the end of this one; it is taken to lie as this one does.
+struct Tile {
+  const char *data, *next;
+  int64_t row_stride, line_stride;
+  int64_t lines;
+  const float* scale;  // [16], int8 only
+  int64_t at;          // its first row in the stream
+  int count;
+};
 
-// z[0..15] and z[16..31] hold the integer sums of a row's planes; z[0..15] becomes their product.
-EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const Tile& tile) {
-  for (int i = 0; i < kTile; ++i) {
-    int32_t high, low;
-    __builtin_memcpy(&high, z + i, sizeof high);
-    __builtin_memcpy(&low, z + kTile + i, sizeof low);
-    const float q = static_cast<float>(high - 128 * s.sum_high) * 128.0f + static_cast<float>(low - 128 * s.sum_low);
-    z[i] = q * s.scale * tile.scale[i];
-  }
-}
-
-// ---- kinds ----------------------------------------------------------------------------------------------------------
-
-// kPlanes    packed rows per hidden row
-// kSteps     products with a unit, one after the other, each with kStepBytes of a hidden row
-// kSums      registers of weights of a step, and of sums, over a tile's 16 columns
-// keep       a unit of kLanes columns -> what its steps will read, kSums registers apart
-// spread     a row's numbers for a step, over all lanes
-// put        a hidden row's numbers, step after step `stride` bytes apart, up to the end of the last line
-// join       sums -> the products of 16 columns
-// finish     scales them
-
-template <int PerStep>
-struct FloatKind {
-  using Sum = Vec;
-  static constexpr int kPlanes = 1, kStepBytes = 4 * PerStep, kSums = kTile * PerStep / kLanes;
-  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
-  EXEUNT_INLINE void finish(float*, const RowScale&, const Tile&) {}
-  EXEUNT_INLINE Vec spread(const char* p) {
-    if constexpr (PerStep == 2) {
-      int64_t pair;
-      int64_t __attribute__((vector_size(kLanes * 4))) pairs = {};
-      __builtin_memcpy(&pair, p, sizeof pair);
-      return bits<Vec>(pairs + pair);
-    } else {
-      float value;
-      __builtin_memcpy(&value, p, sizeof value);
-      return splat(value);
-    }
-  }
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t steps, char* const* out, int64_t stride, RowScale&) {
-    for (int64_t s = 0; s < steps; ++s)
-      for (int64_t i = 0; i < PerStep; ++i) {
-        const float value = s * PerStep + i < width ? row[s * PerStep + i] : 0.0f;
-        __builtin_memcpy(out[0] + s * stride + i * 4, &value, sizeof value);
+// Rows [at, at + count) of a stream that ends at `end` and is read `together` tiles at a time. They are read where they
+// lie, or copied to `panel` first: from a list, or if the last line is short or the tile itself is. Zeros fill both:
+// the epilogue does not use those products, but a multiply-add of whatever lay there (subnormal numbers, say) takes the
+// processor fifty times as long. `panel` has room for the tile and sixteen scales. (A copy for tiles that many hidden
+// rows read was slower.)
+Tile tile_of(const Stream& s, int64_t at, int64_t end, int together, char* panel) {
+  const WeightArg& w = s.weight;
+  const int64_t bytes = s.width * element_bytes(w.dtype), lines = lines_of(w.dtype, s.width);
+  const int count = static_cast<int>(end - at < kTile ? end - at : kTile);
+  const char* base = static_cast<const char*>(w.data);
+  const char* data = base + at / kTile * w.tile_stride;
+  const int64_t after = at / kTile + together - (end + kTile - 1) / kTile;  // tiles from the end to the next one
+  const char* next = after >= 0 && s.next ? s.next + after * w.tile_stride : data + together * w.tile_stride;
+  Tile tile{data, next, w.row_stride, w.line_stride, lines, w.scale ? w.scale + at : nullptr, at, count};
+  if (!s.columns && (w.packed || (count == kTile && bytes % kLine == 0))) return tile;
+  float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
+  for (int i = 0; i < count; ++i) {
+    const int64_t v = s.columns ? s.columns[at + i] : at + i;
+    const char* from = base + v / kTile * w.tile_stride + v % kTile * w.row_stride;
+    char* to = panel + i * kLine;
+    for (int64_t l = 0; l < lines; ++l, from += w.line_stride, to += kTile * kLine) {
+      if (w.packed || bytes - l * kLine >= kLine) {
+        __builtin_memcpy(to, from, kLine);
+      } else {
+        __builtin_memset(to, 0, kLine);
+        __builtin_memcpy(to, from, static_cast<uint64_t>(bytes - l * kLine));
       }
-  }
-  EXEUNT_INLINE void join(const Sum (&sum)[kSums], float* z) {
-    alignas(64) float sums[kSums * kLanes];
-    for (int i = 0; i < kSums; ++i) store(sums + i * kLanes, sum[i]);
-    for (int c = 0; c < kTile; ++c) z[c] = PerStep == 2 ? sums[2 * c] + sums[2 * c + 1] : sums[c];
-  }
-};
-
-struct Float32 : FloatKind<1> {
-  static constexpr int kSteps = 1;
-  EXEUNT_INLINE void keep(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
-};
-
-struct Half : FloatKind<2> {
-  static constexpr int kSteps = 1;
-  EXEUNT_INLINE void keep(UVec unit, Vec* to) {
-    Float16 halves[2 * kLanes];
-    __builtin_memcpy(halves, &unit, sizeof unit);
-    for (int i = 0; i < 2; ++i) to[i] = load(halves + i * kLanes);
-  }
-};
-
-struct Bfloat16 : FloatKind<1> {  // the upper half of a float
-  static constexpr int kSteps = 2;
-  EXEUNT_INLINE void keep(UVec unit, Vec* to) {
-    to[0] = bits<Vec>(unit << 16);
-    to[kSums] = bits<Vec>(unit & 0xffff0000u);
-  }
-};
-
-struct Int8 : FloatKind<1> {
-  static constexpr int kSteps = 4;
-  EXEUNT_INLINE void keep(UVec unit, Vec* to) {
-    for (int i = 0; i < kSteps; ++i)
-      to[i * kSums] = __builtin_convertvector(bits<IVec>(unit >> (8 * i) & 0xffu) - 128, Vec);
-  }
-  EXEUNT_INLINE void finish(float* z, const RowScale&, const Tile& tile) {
-    for (int i = 0; i < kTile; ++i) z[i] *= tile.scale[i];
-  }
-};
-
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-// Units that an instruction multiplies as they are.
-template <class SumOf>
-struct UnitKind {
-  using Sum = SumOf;
-  static constexpr int kSteps = 1, kStepBytes = 4, kSums = 1;
-  EXEUNT_INLINE void keep(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
-  EXEUNT_INLINE Vec spread(const char* p) { return FloatKind<1>::spread(p); }
-  EXEUNT_INLINE void join(const Sum (&sum)[1], float* z) { __builtin_memcpy(z, sum, sizeof sum); }
-};
-#endif
-
-#if defined(__AVX512BF16__)
-// Two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
-struct Bfloat16Pairs : UnitKind<Vec> {
-  static constexpr int kPlanes = 1;
-  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
-  EXEUNT_INLINE void finish(float*, const RowScale&, const Tile&) {}
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t steps, char* const* out, int64_t stride, RowScale&) {
-    for (int64_t s = 0; s < steps; ++s) {
-      BFloat16 pair[2] = {};
-      for (int64_t d = 2 * s; d < 2 * s + 2 && d < width; ++d) pair[d % 2] = to_bfloat16(row[d]);
-      __builtin_memcpy(out[0] + s * stride, pair, sizeof pair);
     }
+    if (w.scale) scale[i] = w.scale[v];
   }
-};
-#endif
+  for (int64_t l = 0; count < kTile && l < lines; ++l)
+    __builtin_memset(panel + (l * kTile + count) * kLine, 0, static_cast<uint64_t>((kTile - count) * kLine));
+  tile.data = panel;
+  tile.row_stride = kLine;
+  tile.line_stride = kTile * kLine;
+  if (w.scale) tile.scale = scale;
+  return tile;
+}
 
-#if defined(__AVX512VNNI__)
-struct Int8Planes : UnitKind<IVec> {
-  static constexpr int kPlanes = 2;
-  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) {
-    sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-  }
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t steps, char* const* out, int64_t stride,
-                         RowScale& s) {
-    s = plane_scale(row, width);
-    for (int64_t step = 0; step < steps; ++step) {
-      int8_t high[4] = {}, low[4] = {};
-      const int64_t left = width - 4 * step;
-      if (left > 0) split_planes(row + 4 * step, left < 4 ? left : 4, s, high, low);
-      __builtin_memcpy(out[0] + step * stride, high, sizeof high);
-      __builtin_memcpy(out[1] + step * stride, low, sizeof low);
-    }
-  }
-  EXEUNT_INLINE void finish(float* z, const RowScale& s, const Tile& tile) { join_planes(z, s, tile); }
-};
-#endif
+// ---- what every product does ----------------------------------------------------------------------------------------
 
-// ---- the product of a tile with hidden rows, lanes along its 16 weight rows -----------------------------------------
+// Memory that a group of rows will be packed to, a few bytes of each line at a time: stores that miss wait one by one.
+EXEUNT_INLINE void fetch_to_write(char* to, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(to + at, 1, 3);
+}
+
+// Products, or those of planes one after the other, to the epilogue.
+template <class K>
+EXEUNT_INLINE void hand_over(const Tile& tile, PackedRows x, int64_t first, int64_t rows, float (*z)[kTile],
+                             Epilogue epilogue) {
+  for (int64_t r = 0; r < rows; ++r) {
+    K::finish(z[r * K::kPlanes], x.scale[first + r], tile.scale);
+    if (K::kPlanes > 1) __builtin_memmove(z[r], z[r * K::kPlanes], sizeof z[r]);
+  }
+  epilogue.call(epilogue.self, tile.at, tile.count, z);
+}
+
+// ---- the product in vector registers --------------------------------------------------------------------------------
 
 // Where line l of a tile begins, or of the next one where this one is over.
 EXEUNT_INLINE const char* line_of(const Tile& tile, int64_t l) {
   return l < tile.lines ? tile.data + l * tile.line_stride : tile.next + (l - tile.lines) * tile.line_stride;
 }
 
+// `Count` numbers of a hidden or weight row, over all lanes.
+template <int Count>
+EXEUNT_INLINE Vec spread(const char* p) {
+  if constexpr (Count == 2) {
+    int64_t pair;
+    int64_t __attribute__((vector_size(kLanes * 4))) pairs = {};
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return bits<Vec>(pairs + pair);
+  } else {
+    float value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return splat(value);
+  }
+}
+
 // One line of a tile: [16 rows][16 units] -> [16 units][16 rows], as K keeps it. Not inlined: it needs all registers.
 template <class K>
 [[gnu::noinline]] static void turn_line(const char* from, int64_t row_stride, Vec* to) {
-  constexpr int kUnit = K::kSteps * K::kSums, kVecs = kTile / kLanes;
+  constexpr int kUnit = K::kNumbers / K::kChains * K::kSums, kVecs = kTile / kLanes;
   for (int rows = 0; rows < kVecs; ++rows)
     for (int units = 0; units < kVecs; ++units) {
       UVec v[kLanes];
       for (int i = 0; i < kLanes; ++i)
         __builtin_memcpy(v + i, from + (rows * kLanes + i) * row_stride + units * kLanes * 4, sizeof v[i]);
       transpose(v);
-      for (int i = 0; i < kLanes; ++i) K::keep(v[i], to + (units * kLanes + i) * kUnit + rows * (K::kSums / kVecs));
+      for (int i = 0; i < kLanes; ++i) K::turned(v[i], to + (units * kLanes + i) * kUnit + rows * (K::kSums / kVecs));
     }
 }
 
 template <class K>
 struct VectorProduct {
+  using Sum = typename K::Sum;
   static constexpr int64_t kRows = kMaxRows / K::kPlanes;
   static void begin() {}
   static void end() {}
+  static int tiles(int64_t, bool) { return 1; }
 
   EXEUNT_INLINE int64_t rows_bytes(int64_t rows, int64_t lines) {
-    const int64_t all = rows * K::kPlanes, whole = all / kMost * kMost;
-    return (whole + (whole < all ? group_of(all - whole) : 0)) * row_bytes(lines);
+    const int64_t size = group_of(rows * K::kPlanes);
+    return (rows * K::kPlanes + size - 1) / size * size * row_bytes(lines);
   }
 
   EXEUNT_INLINE void pack_row(const float* row, int64_t width, int64_t lines, int64_t n, PackedRows x) {
-    const int64_t all = x.rows * K::kPlanes, steps = lines * kUnits * K::kSteps;
-    const int64_t first = n * K::kPlanes / kMost * kMost, size = group_of(all - first), stride = size * K::kStepBytes;
-    char* group = x.data + first * row_bytes(lines);
+    const int64_t all = x.rows * K::kPlanes, numbers = lines * kLineNumbers, size = group_of(all);
+    // Number by number, or where lanes are weight rows by kChains of them, the rows of a group lie side by side.
+    const int64_t inner = all > kFew ? kNumber : K::kChains * kNumber, next = all > kFew ? size * kNumber : kNumber;
+    const int64_t step = size * K::kChains * kNumber;
     char* out[K::kPlanes];  // planes of a row are of one group
-    for (int64_t i = 0; i < K::kPlanes; ++i) out[i] = group + (n * K::kPlanes + i - first) * K::kStepBytes;
-    K::put(row, width, steps, out, stride, x.scale[n]);
+    for (int64_t i = 0; i < K::kPlanes; ++i) {
+      const int64_t at = n * K::kPlanes + i;
+      out[i] = x.data + at / size * size * row_bytes(lines) + at % size * inner;
+    }
+    if (n * K::kPlanes % size == 0) fetch_to_write(out[0], size * row_bytes(lines));
+    K::put(row, width, numbers, out, step, next, x.scale[n]);
     if (n + 1 == x.rows)
-      for (int64_t i = all - first; i < size; ++i)
-        for (int64_t s = 0; s < steps; ++s) __builtin_memset(group + s * stride + i * K::kStepBytes, 0, K::kStepBytes);
+      for (int64_t i = all; i % size; ++i)
+        for (int64_t s = 0; s < numbers; ++s) {
+          char* group = x.data + i / size * size * row_bytes(lines) + i % size * inner;
+          __builtin_memset(group + s / K::kChains * step + s % K::kChains * next, 0, kNumber);
+        }
   }
 
-  static void run(const Tile& tile, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
+  static void run(const Tile* tile, int, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
+    alignas(64) float z[kMaxRows + kLanes][kTile];
     const int64_t all = rows * K::kPlanes;
-    const char* data = x.data + first * K::kPlanes * row_bytes(tile.lines);
-    Vec side[kBlockLines * kLineVecs];
-    typename K::Sum sums[kMaxRows][K::kSums];
-    for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
-      const int64_t lines = begin + kBlockLines < tile.lines ? kBlockLines : tile.lines - begin;
-      for (int64_t done = 0; done < all;) {
-        with_group(all - done, [&](auto size) __attribute__((always_inline)) {
-          constexpr int R = decltype(size)::value;
-          const char* numbers = data + done * row_bytes(tile.lines) + begin * R * row_bytes(1);
-          add_rows<R>(tile, begin, lines, done == 0, side, numbers, sums + done);
-          done += R;
-        });
-      }
-    }
-    alignas(64) float z[K::kPlanes * kTile];
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int plane = 0; plane < K::kPlanes; ++plane) K::join(sums[r * K::kPlanes + plane], z + plane * kTile);
-      K::finish(z, x.scale[first + r], tile);
-      epilogue.call(epilogue.self, r, z);
-    }
+    const char* data = x.data + first * K::kPlanes * row_bytes(tile->lines);
+    if (x.rows * K::kPlanes > kFew)
+      many(*tile, data, all, z);
+    else if (kFew == 8 && group_of(all) == 8)
+      few<kFew>(*tile, data, z);
+    else if (group_of(all) == 4)
+      few<4>(*tile, data, z);
+    else if (group_of(all) == 2)
+      few<2>(*tile, data, z);
+    else
+      few<1>(*tile, data, z);
+    hand_over<K>(*tile, x, first, rows, z, epilogue);
   }
 
  private:
-  static constexpr int kMost = kSumRegisters / K::kSums;  // rows of a group
-  static constexpr int64_t kBlockLines = kBlockBytes / (K::kSteps * K::kStepBytes);
-  static constexpr int64_t kLineVecs = kUnits * K::kSteps * K::kSums;
+  static constexpr int64_t kLineNumbers = kUnits * K::kNumbers, kBlockLines = kBlockNumbers / kLineNumbers;
+  static constexpr int kMaxVecs = kMaxRows / kLanes;
 
   // Of a packed row.
-  EXEUNT_INLINE int64_t row_bytes(int64_t lines) { return lines * kUnits * K::kSteps * K::kStepBytes; }
+  EXEUNT_INLINE int64_t row_bytes(int64_t lines) { return lines * kLineNumbers * kNumber; }
 
-  // f(rows of the next group), when so many are left: a few rows take as long as the next power of two of them.
-  template <int R = kMost, class F>
-  EXEUNT_INLINE void with_group(int64_t left, F&& f) {
-    if constexpr (R > 1)
-      if (R / 2 >= left) return with_group<R / 2>(left, f);
-    f(std::integral_constant<int, R>());
-  }
-  EXEUNT_INLINE int64_t group_of(int64_t left) {
-    int64_t size = 0;
-    with_group(left, [&](auto rows) { size = rows(); });
-    return size;
+  // Packed rows that lie side by side, where there are so many: a few take as long as the next power of two of them.
+  EXEUNT_INLINE int64_t group_of(int64_t all) {
+    return all > kFew ? kLanes : all > 4 ? 8 : all > 2 ? 4 : all > 1 ? 2 : 1;
   }
 
-  // A block of the tile with the rows of a group. The first group turns it, a line at a time, beside its own products.
+  // R packed rows, lanes along the tile's 16 weight rows. A line is turned, then multiplied.
   template <int R>
-  EXEUNT_INLINE void add_rows(const Tile& tile, int64_t begin, int64_t lines, bool turns, Vec* side, const char* x,
-                              typename K::Sum (*sums)[K::kSums]) {
-    typename K::Sum sum[R][K::kSums] = {};
-    for (int64_t l = 0; l < lines; ++l, side += kLineVecs) {
-      const char *far = line_of(tile, begin + l + kFar), *near = line_of(tile, begin + l + kNear);
-      if (turns) turn_line<K>(tile.data + (begin + l) * tile.line_stride, tile.row_stride, side);
-      const Vec* w = side;
-      for (int64_t u = 0; u < kUnits; ++u, far += tile.row_stride, near += tile.row_stride) {
-        if (turns) {
+  EXEUNT_INLINE void few(const Tile& tile, const char* x, float (*z)[kTile]) {
+    constexpr int kSteps = K::kNumbers / K::kChains;
+    alignas(64) Vec line[kUnits * kSteps * K::kSums];
+    Sum sums[R][K::kSums] = {};
+    for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
+      Sum sum[R][K::kSums] = {};
+      for (int64_t l = begin; l < begin + kBlockLines && l < tile.lines; ++l) {
+        const char *far = line_of(tile, l + kFar), *near = line_of(tile, l + kNear);
+        turn_line<K>(tile.data + l * tile.line_stride, tile.row_stride, line);
+        const Vec* w = line;
+        for (int64_t u = 0; u < kUnits; ++u, far += tile.row_stride, near += tile.row_stride) {
           __builtin_prefetch(far, 0, 2);
           __builtin_prefetch(near, 0, 3);
+          for (int step = 0; step < kSteps; ++step, x += R * K::kChains * kNumber, w += K::kSums)
+            for (int r = 0; r < R; ++r) {
+              const Vec number = spread<K::kChains>(x + r * K::kChains * kNumber);
+              for (int i = 0; i < K::kSums; ++i) K::add(sum[r][i], w[i], number);
+            }
         }
-        for (int step = 0; step < K::kSteps; ++step, x += R * K::kStepBytes, w += K::kSums) {
-          if constexpr (R * K::kStepBytes >= kLine) __builtin_prefetch(x + kAhead, 0, 3);
-          for (int r = 0; r < R; ++r) {
-            const Vec number = K::spread(x + r * K::kStepBytes);
-            for (int i = 0; i < K::kSums; ++i) K::add(sum[r][i], w[i], number);
-          }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < K::kSums; ++i) sums[r][i] = begin ? sums[r][i] + sum[r][i] : sum[r][i];
+    }
+    for (int r = 0; r < R; ++r) {
+      alignas(64) float columns[K::kSums * kLanes];
+      __builtin_memcpy(columns, sums[r], sizeof columns);
+      for (int c = 0; c < kTile; ++c) z[r][c] = K::kChains == 2 ? columns[2 * c] + columns[2 * c + 1] : columns[c];
+    }
+  }
+
+  // More packed rows, kLanes of them in a vector. A block of D of the tile goes through all of them, in passes.
+  EXEUNT_INLINE void many(const Tile& tile, const char* x, int64_t all, float (*z)[kTile]) {
+    alignas(64) float block[kTile][kBlockNumbers];
+    Sum sums[kTile][kMaxVecs][K::kChains];
+    const int64_t vecs = (all + kLanes - 1) / kLanes, vec_bytes = kLanes * row_bytes(tile.lines);
+    const int64_t passes = vecs * kTile * K::kChains / kSumRegisters;
+    for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
+      const int64_t lines = tile.lines - begin < kBlockLines ? tile.lines - begin : kBlockLines;
+      for (int64_t l = 0; l < lines; ++l)
+        for (int w = 0; w < kTile; ++w)
+          K::widen(tile.data + (begin + l) * tile.line_stride + w * tile.row_stride, block[w] + l * kLineNumbers);
+      int64_t pass = 0;
+      const auto add = [&](auto h, int64_t vec) __attribute__((always_inline)) {
+        constexpr int H = decltype(h)::value, W = kSumRegisters / K::kChains / H;
+        const char* from = x + vec * vec_bytes + begin * kLanes * row_bytes(1);
+        for (int w = 0; w < kTile; w += W, ++pass)
+          add_block<W, H>(tile, begin, lines, block + w, from, vec_bytes, pass, passes, sums + w, vec);
+      };
+      int64_t vec = 0;
+      for (; vec + 2 <= vecs; vec += 2) add(std::integral_constant<int, 2>(), vec);
+      if (vec < vecs) add(std::integral_constant<int, 1>(), vec);
+    }
+    for (int64_t vec = 0; vec < vecs; ++vec)
+      for (int w = 0; w < kTile; w += kLanes) {
+        Vec v[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const Sum(&sum)[K::kChains] = sums[w + i][vec];
+          v[i] = bits<Vec>(sum[0]);
+          if constexpr (K::kChains == 2) v[i] = sum[0] + sum[1];
+        }
+        transpose(v);
+        for (int i = 0; i < kLanes; ++i) store(z[vec * kLanes + i] + w, v[i]);
+      }
+  }
+
+  // W weight rows times H vectors of hidden rows, over a block of D. Passes share out the lines of the next block that
+  // are fetched.
+  template <int W, int H>
+  EXEUNT_INLINE void add_block(const Tile& tile, int64_t begin, int64_t lines, const float (*block)[kBlockNumbers],
+                               const char* x, int64_t vec_bytes, int64_t pass, int64_t passes,
+                               Sum (*sums)[kMaxVecs][K::kChains], int64_t vec) {
+    Sum sum[W][H][K::kChains] = {};
+    const char* numbers = reinterpret_cast<const char*>(block);
+    int64_t mine = pass;
+    for (int64_t l = 0; l < lines; ++l, x += kLanes * row_bytes(1), numbers += row_bytes(1)) {
+      if (l == mine) {
+        mine += passes;
+        add_line<W, H, true>(line_of(tile, begin + lines + l), tile.row_stride, numbers, x, vec_bytes, sum);
+      } else {
+        add_line<W, H, false>(nullptr, 0, numbers, x, vec_bytes, sum);
+      }
+    }
+    for (int w = 0; w < W; ++w)
+      for (int h = 0; h < H; ++h)
+        for (int c = 0; c < K::kChains; ++c) {
+          Sum& all = sums[w][vec + h][c];
+          all = begin ? all + sum[w][h][c] : sum[w][h][c];
+        }
+  }
+
+  template <int W, int H, bool Fetch>
+  EXEUNT_INLINE void add_line(const char* next, int64_t row_stride, const char* numbers, const char* x,
+                              int64_t vec_bytes, Sum (&sum)[W][H][K::kChains]) {
+#pragma GCC unroll 4
+    for (int64_t u = 0; u < kUnits; ++u) {
+      if constexpr (Fetch) {
+        __builtin_prefetch(next, 0, 3);
+        next += row_stride;
+      }
+      for (int n = 0; n < K::kNumbers; ++n, x += kLanes * kNumber, numbers += kNumber) {
+        Vec hidden[H];
+        for (int h = 0; h < H; ++h) __builtin_memcpy(hidden + h, x + h * vec_bytes, sizeof hidden[h]);
+        for (int w = 0; w < W; ++w) {
+          const Vec number = spread<1>(numbers + w * (kBlockNumbers * kNumber));
+          for (int h = 0; h < H; ++h) K::add(sum[w][h][n % K::kChains], number, hidden[h]);
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < K::kSums; ++i) sums[r][i] = begin ? sums[r][i] + sum[r][i] : sum[r][i];
   }
 };
 
@@ -382,16 +374,21 @@ int64_t product_rows(DType weights) {
   return with_product(weights, [](auto product) { return product.kRows; });
 }
 
-void product_begin(DType weights) {
-  with_product(weights, [](auto product) { product.begin(); });
-}
-
-void product_end(DType weights) {
-  with_product(weights, [](auto product) { product.end(); });
-}
-
-void product(DType weights, const Tile& tile, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
-  with_product(weights, [&](auto product) { product.run(tile, x, first, rows, epilogue); });
+void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int64_t first, int64_t rows,
+             Epilogue epilogue) {
+  with_product(stream.weight.dtype, [&](auto product) {
+    const int together = product.tiles(rows, stream.weight.packed);
+    const int64_t panel = panel_bytes(stream.weight.dtype, stream.width) / kMostTiles;
+    product.begin();
+    for (int64_t at = begin; at < end;) {
+      Tile tiles[kMostTiles];
+      int count = 0;
+      for (; count < together && at < end; ++count, at += kTile)
+        tiles[count] = tile_of(stream, at, end, together, stream.panel + count * panel);
+      product.run(tiles, count, x, first, rows, epilogue);
+    }
+    product.end();
+  });
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

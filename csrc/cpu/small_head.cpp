@@ -33,7 +33,7 @@ struct Layout {
     scale = packed + round_up(selected_isa().rows_bytes(weight, rows, widest), 64);
     pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     panel = pooled + round_up(rows * pooler * 4, 64);
-    total = panel + 16 * round_up(widest * element_bytes(weight), 64) + 64;
+    total = panel + panel_bytes(weight, widest);
   }
 };
 
@@ -173,7 +173,7 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
     } else if (as_it_is) {
       ready = static_cast<const float*>(p.hidden) + at;
     } else {
-      normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
+      isa.normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
     }
     isa.pack_row(first.weight.dtype, ready, p.width, r, x);
   }

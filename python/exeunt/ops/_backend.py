@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
 from types import ModuleType
 
 import torch  # before the extensions: they then share the OpenMP runtime that torch has loaded
 from torch import Tensor
+
+from exeunt.memory import zeros_on_huge_pages
 
 #: What the kernels take for hidden states, heads and parameters, as csrc/core/dtype.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -17,6 +20,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
 _NARROW = {torch.uint8: 3, torch.float8_e4m3fn: 4}  # of a PackedHead, of an Fp8Head
+
+
+_CPU = torch.device("cpu")
 
 
 def _module(name: str) -> ModuleType | None:
@@ -39,14 +45,38 @@ if cpu is not None:
 
 def kernels(device: torch.device) -> ModuleType | None:
     """The module whose kernels take tensors of that device; None where this build has none for it."""
-    return cpu if device.type == "cpu" else cuda if device.type == "cuda" else None
+    return cpu if device == _CPU else cuda if device.type == "cuda" else None
 
 
 def place(device: torch.device) -> tuple[int, ...]:
     """What a kernel is told about where it runs: threads on a CPU; device and stream on CUDA."""
-    if device.type == "cpu":
+    if device == _CPU:
         return (torch.get_num_threads(),)
     return (device.index, torch.cuda.current_stream(device).cuda_stream)
+
+
+class _Scratch(threading.local):
+    memory = torch.empty(0, dtype=torch.uint8)
+
+
+_scratch = _Scratch()
+_KEPT = 1 << 24  # bytes of scratch that a thread holds on to at most
+
+
+def scratch(size: int) -> Tensor:
+    """At least that many bytes for one call of a CPU kernel, the calling thread's until it asks again.
+
+    They are kept, on huge pages: memory that comes anew with every call costs a walk through the page tables every
+    4 KB, microseconds each after a head was read.
+    """
+    memory = _scratch.memory
+    if len(memory) < size:
+        huge = 1 << 21
+        memory = zeros_on_huge_pages((-(-size // huge) * huge + huge,), torch.uint8)
+        memory = memory[-memory.data_ptr() % huge :]
+        if size <= _KEPT:
+            _scratch.memory = memory
+    return memory
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -170,8 +170,10 @@ class Call(NamedTuple):
             hidden = hidden.contiguous()
         weight, place = _backend.weight_arg(self.head, self.head_scale), _backend.place(hidden.device)
         sizes = (weight[1], m, v, d, self.topk, seeds is not None)
-        size = kernels.exit_stats_workspace(*sizes, *place) if hidden.is_cpu else kernels.exit_stats_workspace(*sizes)
-        workspace = _empty(size, dtype=torch.uint8, device=hidden.device)
+        if hidden.is_cpu:
+            workspace = _backend.scratch(kernels.exit_stats_workspace(*sizes, *place))
+        else:
+            workspace = _empty(kernels.exit_stats_workspace(*sizes), dtype=torch.uint8, device=hidden.device)
         bias, norm_weight, norm_bias = self.head_bias, self.norm_weight, self.norm_bias
         vector, pointer, logits = _backend.vector_arg, _backend.pointer, self.logits_out
         kernels.exit_stats(

@@ -93,18 +93,13 @@ def kv_fill(
     if hidden.is_cuda:
         space = torch.empty(kernel.workspace(count), dtype=torch.uint8, device=hidden.device)
     else:
-        need, spaces = kernel.workspace(count, *place) + 63, stack.spaces
-        space = spaces.pop() if spaces else torch.empty(need, dtype=torch.uint8)
-        if len(space) < need:
-            space = torch.empty(need, dtype=torch.uint8)
+        space = _backend.scratch(kernel.workspace(count, *place))
     places, capacities = cache.addresses
     kernel.fill(
         hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0),
         (index[0].data_ptr(), index[1].data_ptr(), index[2].data_ptr(), count, until, cache.batch, capacities),
-        places, addresses, code, size, (space.data_ptr() + 63) & ~63, *place,
+        places, addresses, code, size, space.data_ptr(), *place,
     )  # fmt: skip
-    if not hidden.is_cuda:
-        stack.spaces.append(space)
     del held  # copies of tables, which the kernel has read now, or will have before their memory is used again
 
 

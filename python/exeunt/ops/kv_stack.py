@@ -159,11 +159,6 @@ class KVStack:
             NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, len(self), self.table.data_ptr(),
         )  # fmt: skip
 
-    @cached_property
-    def spaces(self) -> list[Tensor]:
-        """Workspaces on the CPU that no call is using: memory that is kept needs no fresh pages."""
-        return []
-
 
 def _fields(layer: KVLayer) -> list[int]:
     def strides(weight: Tensor) -> tuple[int, int]:

@@ -144,10 +144,10 @@ def _kernel(
     entries, place = rows.shape[0], _backend.place(q.device)
     room = slots if pages is None else slots * pages.shape[1]
     if q.is_cpu:
-        need = kernels.ragged_attention_workspace(tokens, heads, room, size, value_size, *place)
+        space = _backend.scratch(kernels.ragged_attention_workspace(tokens, heads, room, size, value_size, *place))
     else:
         need = kernels.ragged_attention_workspace(tokens, heads, kv_heads, entries, room, value_size)
-    space = torch.empty(need + 63, dtype=torch.uint8, device=q.device)
+        space = torch.empty(need, dtype=torch.uint8, device=q.device)
     kernels.ragged_attention(
         (q.data_ptr(), *q.stride()), (k_cache.data_ptr(), *k_cache.stride()[:3]),
         (v_cache.data_ptr(), *v_cache.stride()[:3]), _backend.DTYPES[q.dtype],
@@ -158,7 +158,7 @@ def _kernel(
         (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()),
         0 if bias is None else _backend.DTYPES[bias.dtype], -1 if bias is None else bias.shape[2],
         (0, 0, 0, 0) if pages is None else (pages.data_ptr(), *pages.stride(), 0),
-        *((0, -1) if pages is None else pages.shape), out.data_ptr(), (space.data_ptr() + 63) & ~63, *place,
+        *((0, -1) if pages is None else pages.shape), out.data_ptr(), space.data_ptr(), *place,
     )  # fmt: skip
     return out
 

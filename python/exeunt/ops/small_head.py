@@ -307,7 +307,7 @@ def workspace_for(weight: Tensor, width: int, pooler: Layer, rows: int, threads:
     """Scratch of the kernel for heads of that weight's dtype on so many rows of that width."""
     assert _backend.cpu is not None
     size = _backend.cpu.small_head_workspace(_backend.DTYPES[weight.dtype], width, pooler[2], rows, threads)
-    return torch.empty(size, dtype=torch.uint8)
+    return _backend.scratch(size)
 
 
 def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:
