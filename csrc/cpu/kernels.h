@@ -83,10 +83,10 @@ using KvFillPack = void (*)(const KvFillParams& p, const KvLayer& layer, const d
 using KvFillHead = void (*)(const KvHeadArgs&);
 
 // ragged_attention_task   one task; scratch: RaggedScratch. Its result goes to `partial`, or to out where that is null
-// ragged_attention_merge  the results of a tile's tasks, in order, to out
+// ragged_attention_merge  the results of a tile's chunks, in order, to out
 using RaggedAttentionTask = void (*)(const RaggedAttentionParams& p, const RaggedTask& task, float* scratch,
                                      float* partial);
-using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const RaggedTask* tasks, int64_t count,
+using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const RaggedTask& tile, int64_t chunks,
                                       float* partials);
 
 #define EXEUNT_DECLARE_KERNELS(isa)                                                                                   \
@@ -102,7 +102,7 @@ using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const Ragg
                     PackedRows x);                                                                                    \
   void kv_fill_head(const KvHeadArgs& args);                                                                          \
   void ragged_attention_task(const RaggedAttentionParams& p, const RaggedTask& task, float* scratch, float* partial); \
-  void ragged_attention_merge(const RaggedAttentionParams& p, const RaggedTask* tasks, int64_t count,                 \
+  void ragged_attention_merge(const RaggedAttentionParams& p, const RaggedTask& tile, int64_t chunks,                 \
                               float* partials);                                                                       \
   }
 EXEUNT_DECLARE_KERNELS(baseline)

@@ -1,7 +1,7 @@
 // ragged_attention on CPU: which tiles there are, which of them are split over chunks of their keys, and who does what.
 //
 //   tile     up to 32 vectors (queries x heads of a group) of one entry and one key head
-//   task     a tile over all its keys; where there are few tiles, over one chunk of them each
+//   task     a tile over all its keys; where there are few tiles, over some chunks of them each
 //
 //   workspace: | partial results of split tiles | per thread: scratch |
 //
@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kSerialWork = 262144;   // multiply-adds below which a parallel region costs more than it saves
 constexpr int64_t kTilesPerThread = 16;  // with fewer, they are split over their keys
-constexpr int kChunksAtOnce = 4;         // of a thread: while it works on one, it fetches the beginning of the next
+constexpr int64_t kChunksAtOnce = 8;     // of a split tile: a task's first keys come unfetched
 
 [[noreturn]] void refuse(const std::string& what, int64_t got, int64_t entry) {
   throw std::invalid_argument("ragged_attention: " + what + ", got " + std::to_string(got) + " at " +
@@ -87,7 +87,7 @@ int64_t ragged_attention_workspace(int64_t tokens, int64_t heads, int64_t room, 
                                    int32_t threads) {
   threads = std::max(1, threads);
   const int64_t chunks = may_split(tokens, heads, threads) ? room / kChunkKeys + 1 : 0;
-  const int64_t partials = padded(chunks * ragged_partial(tokens * heads, value_size), 16);
+  const int64_t partials = chunks * tokens * heads * ragged_partial(1, value_size);
   return (partials + threads * RaggedScratch(size, value_size).total) * static_cast<int64_t>(sizeof(float));
 }
 
@@ -108,27 +108,28 @@ RaggedPlan ragged_attention_plan(const RaggedAttentionParams& p) {
   plan.threads = work * static_cast<double>(p.size + p.value_size) < kSerialWork ? 1 : std::max(1, p.threads);
   const int64_t tiles = static_cast<int64_t>(plan.tasks.size());
   if (may_split(p.tokens, p.heads, plan.threads) && tiles < kTilesPerThread * plan.threads) {
-    std::vector<RaggedTask> chunks;
-    for (const RaggedTask& tile : plan.tasks) {
-      const int64_t start = p.kv_start ? p.kv_start[tile.entry] : 0, before = static_cast<int64_t>(chunks.size());
-      for (int64_t at = tile.begin; at < tile.end;) {
-        RaggedTask chunk = tile;
-        chunk.begin = at;
-        chunk.end = at = std::min(tile.end, start + (at - start) / kChunkKeys * kChunkKeys + kChunkKeys);
-        chunks.push_back(chunk);
+    std::vector<RaggedTask> parts;
+    for (RaggedTask tile : plan.tasks) {
+      const int64_t start = p.kv_start ? p.kv_start[tile.entry] : 0, first = (tile.begin - start) / kChunkKeys;
+      const int64_t chunks = tile.begin < tile.end ? (tile.end - start - 1) / kChunkKeys + 1 - first : 0;
+      if (chunks <= kChunksAtOnce) {
+        parts.push_back(tile);
+        continue;
       }
-      const int64_t count = static_cast<int64_t>(chunks.size()) - before;
-      if (count == 0) chunks.push_back(tile);  // its vectors see nothing, and become zero
-      if (count < 2) continue;
-      plan.splits.push_back({before, count});
-      for (int64_t i = before; i < before + count; ++i) {
-        chunks[static_cast<size_t>(i)].partial = plan.partials;
-        plan.partials += ragged_partial(tile.count, p.value_size);
+      tile.partial = plan.partials;
+      plan.splits.push_back({tile, chunks});
+      const int64_t each = ragged_partial(tile.count, p.value_size);
+      for (int64_t i = 0; i < chunks; i += kChunksAtOnce) {
+        RaggedTask part = tile;
+        part.begin = std::max(tile.begin, start + (first + i) * kChunkKeys);
+        part.end = std::min(tile.end, start + (first + i + kChunksAtOnce) * kChunkKeys);
+        part.partial = plan.partials + i * each;
+        parts.push_back(part);
       }
+      plan.partials += chunks * each;
     }
-    plan.tasks = std::move(chunks);
+    plan.tasks = std::move(parts);
   }
-  plan.partials = padded(plan.partials, 16);
   return plan;
 }
 
@@ -138,7 +139,6 @@ void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan) {
   float* partials = static_cast<float*>(p.workspace);
   const int64_t row = p.heads * p.value_size * element_bytes(p.dtype), live = p.q_indptr[p.live];
   __builtin_memset(static_cast<char*>(p.out) + live * row, 0, static_cast<uint64_t>((p.tokens - live) * row));
-  const int grain = plan.splits.empty() ? 1 : kChunksAtOnce;
   const auto run = [&](const RaggedTask& task, int thread) {
     isa.ragged_attention_task(p, task, partials + plan.partials + thread * each,
                               task.partial < 0 ? nullptr : partials + task.partial);
@@ -149,11 +149,11 @@ void ragged_attention(const RaggedAttentionParams& p, const RaggedPlan& plan) {
   }
 #pragma omp parallel num_threads(plan.threads)
   {
-#pragma omp for schedule(dynamic, grain)
+#pragma omp for schedule(dynamic)
     for (size_t i = 0; i < plan.tasks.size(); ++i) run(plan.tasks[i], omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < plan.splits.size(); ++i)
-      isa.ragged_attention_merge(p, plan.tasks.data() + plan.splits[i].first, plan.splits[i].count, partials);
+      isa.ragged_attention_merge(p, plan.splits[i].tile, plan.splits[i].chunks, partials + plan.splits[i].tile.partial);
   }
 }
 

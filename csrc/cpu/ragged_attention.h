@@ -9,8 +9,9 @@ namespace exeunt::cpu {
 
 struct RaggedPlan {
   std::vector<RaggedTask> tasks;
-  struct Split {  // a tile whose chunks are tasks of their own: its first task, and how many
-    int64_t first, count;
+  struct Split {  // a tile of which several tasks do some chunks each
+    RaggedTask tile;
+    int64_t chunks;
   };
   std::vector<Split> splits;
   int64_t partials;  // floats for the results of chunks

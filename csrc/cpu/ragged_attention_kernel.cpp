@@ -1,7 +1,7 @@
 // ragged_attention, one task: a tile of query vectors that share a key head, over some chunks of one row's keys.
 //
 //   queries   laid out once for the products
-//   for each block of 64 keys of a chunk:                                       meanwhile the next block is fetched
+//   for each block of 32 keys of a chunk:                                       meanwhile later ones are fetched
 //     scores    = keys . queries        -> scale, softcap, alibi, bias, visible range
 //     weights   = e^(scores - maximum)  -> what was summed before shrinks where the maximum rose
 //     result   += weights . values
@@ -36,15 +36,16 @@ EXEUNT_INLINE float weight_of(float x) { return weight_of(splat(x))[0]; }
 
 // ---- the task -------------------------------------------------------------------------------------------------------
 
-struct Result {  // of some vectors, not yet divided by its sums
+struct Result {  // of some vectors, not yet divided by its sums (ragged_partial())
   float *maximum, *sum, *values;
-  EXEUNT_INLINE Result at(float* p, int64_t vectors) { return {p, p + vectors, p + 2 * vectors}; }
+  EXEUNT_INLINE Result at(float* p, int64_t vectors) { return {p, p + vectors, p + padded(2 * vectors, 16)}; }
 };
 
 // whole = whole and then part
 EXEUNT_INLINE void absorb(const Result& whole, const Result& part, int64_t vectors, int64_t width, bool first) {
   if (first) {
-    __builtin_memcpy(whole.maximum, part.maximum, sizeof(float) * static_cast<uint64_t>(vectors * (2 + width)));
+    const int64_t floats = whole.values - whole.maximum + vectors * width;
+    __builtin_memcpy(whole.maximum, part.maximum, sizeof(float) * static_cast<uint64_t>(floats));
     return;
   }
   for (int64_t i = 0; i < vectors; ++i) {
@@ -58,15 +59,16 @@ EXEUNT_INLINE void absorb(const Result& whole, const Result& part, int64_t vecto
   }
 }
 
+template <class Products>
 EXEUNT_INLINE void finish(const RaggedAttentionParams& p, const RaggedTask& task, const Result& whole, bool empty) {
-  const int64_t group = p.heads / p.kv_heads, width = padded(p.value_size, 16);
+  const int64_t group = p.heads / p.kv_heads, width = ragged_width(p.value_size);
   for (int64_t i = 0; i < task.count; ++i) {
     const int64_t vector = task.first + i;
     const int64_t token = p.q_indptr[task.entry] + vector / group, head = task.head * group + vector % group;
     const int64_t to = (token * p.heads + head) * p.value_size;
     const bool blind = empty || whole.sum[i] == 0.0f;  // it saw no key
     for (int64_t d = 0; d < p.value_size; ++d)
-      store_at(p.out, p.dtype, to + d, blind ? 0.0f : whole.values[i * width + d] / whole.sum[i]);
+      store_at(p.out, p.dtype, to + d, blind ? 0.0f : whole.values[i * width + Products::column(d)] / whole.sum[i]);
   }
 }
 
@@ -78,30 +80,36 @@ class Tile {
         task(of),
         scratch(p.size, p.value_size),
         group(p.heads / p.kv_heads),
-        width(padded(p.value_size, 16)),
+        width(ragged_width(p.value_size)),
         start(p.kv_start ? p.kv_start[of.entry] : 0),
         products(p, scratch, memory, of.count),
-        blocks{{p, of, products.steps() + of.count}, {p, of, products.steps() + of.count}},
+        blocks{{p, of, products.steps() + of.count * (kBlockVecs / kFetchVecs)},
+               {p, of, products.steps() + of.count * (kBlockVecs / kFetchVecs)}},
         scores(memory + scratch.scores),
         chunk(Result::at(memory + scratch.chunk, of.count)),
         whole(Result::at(memory + scratch.whole, of.count)) {}
 
   void run(float* partial) {
+    const bool finishes = !partial;
     bool first = true;
     if (task.begin < task.end) {
       read_queries();
       for (int64_t at = start + (task.begin - start) / kChunkKeys * kChunkKeys; at < task.end; at += kChunkKeys) {
         const int64_t end = at + kChunkKeys < task.end ? at + kChunkKeys : task.end;
-        of_chunk(task.begin > at ? at + (task.begin - at) / kBlockKeys * kBlockKeys : at, end);
-        absorb(partial ? Result::at(partial, task.count) : whole, chunk, task.count, width, first);
+        const int64_t from_key = task.begin > at ? at + (task.begin - at) / kBlockKeys * kBlockKeys : at;
+        of_chunk(from_key, end);
+        if (products.doubts(chunk.values, task.count * width)) of_chunk(from_key, end);
+        absorb(partial ? Result::at(partial, task.count) : whole, chunk, task.count, width, first || partial);
+        if (partial) partial += ragged_partial(task.count, p.value_size);
         first = false;
       }
     }
-    if (!partial) finish(p, task, whole, first);
+    if (finishes) finish<Products>(p, task, whole, first);
   }
 
  private:
   using T = typename Products::Value;
+  static constexpr int kFetchVecs = kBlockVecs > 4 ? kBlockVecs / 4 : 1;  // of weights between two fetches
   const RaggedAttentionParams& p;
   const RaggedTask& task;
   const RaggedScratch scratch;
@@ -143,21 +151,18 @@ class Tile {
       if (now.at != at || now.count != up_to(end, at)) now.find(at, up_to(end, at));
       next.find(at + kBlockKeys, up_to(task.ahead, at + kBlockKeys));
       products.score(now, next, scores);
-      for (int64_t i = 0; i < task.count; ++i) {
-        weigh(i, at, now.count, fresh);
-        next.fetch();
-      }
+      for (int64_t i = 0; i < task.count; ++i) weigh(i, at, now.count, fresh, next);
       products.mix(now, next, scores, chunk.values, width, fresh);
     }
     for (int64_t i = 0; i < task.count; ++i) chunk.sum[i] = across(sums[i], [](Vec a, Vec b) { return a + b; })[0];
   }
 
   // scores -> weights of vector i; its maximum, its sum, and what it has summed so far follow.
-  void weigh(int64_t i, int64_t at, int64_t count, bool fresh) {
+  void weigh(int64_t i, int64_t at, int64_t count, bool fresh, Block<T>& next) {
     float* score = scores + i * kBlockKeys;
     const int64_t low = from[i] - at, high = until[i] - at;
     if (low >= count || high <= 0) {
-      __builtin_memset(score, 0, sizeof(float) * kBlockKeys);
+      for (int v = 0; v < kBlockVecs; ++v) products.put(score, v, Vec{});
       return;
     }
     const int vecs = static_cast<int>((count + kLanes - 1) / kLanes);
@@ -183,6 +188,7 @@ class Tile {
     for (int v = 0; v < kBlockVecs; ++v) {
       const Vec weight = v < vecs ? weight_of(x[v] - base) : Vec{};
       sum += products.put(score, v, weight);
+      if (v % kFetchVecs == 0) next.fetch();
     }
     if (old == maximum) {
       sums[i] += sum;
@@ -232,12 +238,16 @@ void ragged_attention_task(const RaggedAttentionParams& p, const RaggedTask& tas
 #endif
 }
 
-void ragged_attention_merge(const RaggedAttentionParams& p, const RaggedTask* tasks, int64_t count, float* partials) {
-  const int64_t vectors = tasks->count, width = padded(p.value_size, 16);
-  const Result whole = Result::at(partials + tasks->partial, vectors);
-  for (int64_t i = 1; i < count; ++i)
-    absorb(whole, Result::at(partials + tasks[i].partial, vectors), vectors, width, false);
-  finish(p, *tasks, whole, false);
+void ragged_attention_merge(const RaggedAttentionParams& p, const RaggedTask& tile, int64_t chunks, float* partials) {
+  const Result whole = Result::at(partials, tile.count);
+  for (int64_t i = 1; i < chunks; ++i) {
+    float* part = partials + i * ragged_partial(tile.count, p.value_size);
+    absorb(whole, Result::at(part, tile.count), tile.count, ragged_width(p.value_size), false);
+  }
+#if defined(EXEUNT_AMX)
+  if (p.dtype == DType::bfloat16) return finish<Tiles>(p, tile, whole, false);
+#endif
+  finish<Lanes<Floats, float>>(p, tile, whole, false);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

@@ -7,7 +7,7 @@
 namespace exeunt::cpu {
 
 constexpr int64_t kTileVectors = 32;  // query vectors (queries x heads of a group) that share a read of the keys
-constexpr int64_t kBlockKeys = 64;    // keys of one step of the online softmax
+constexpr int64_t kBlockKeys = 32;    // keys of one step of the online softmax: two blocks lie in L1 beside each other
 constexpr int64_t kChunkKeys =
     512;  // keys of one partial result; counted from kv_start, so that bits depend on it alone
 
@@ -18,24 +18,29 @@ struct RaggedTask {
   int64_t first, count;  // vectors
   int64_t begin, end;    // keys that any of them sees, within these chunks
   int64_t ahead;         // end of the tile's keys, which the same thread is likely to read next
-  int64_t partial;       // where its result goes: element of the partials, or -1: it is whole and goes to out
+  int64_t partial;       // where its chunks' results go, one after the other: element of the partials; or -1: it is
+                         // whole and goes to out
 };
 
 inline int64_t padded(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Floats of a result before it is normalised: maximum and sum of each vector, and its weighted values.
-inline int64_t ragged_partial(int64_t vectors, int64_t value_size) { return vectors * (2 + padded(value_size, 16)); }
+// Floats of a result before it is normalised: maximum and sum of each vector, padded so that what follows is aligned,
+// and its weighted values, [vectors][ragged_width()].
+inline int64_t ragged_width(int64_t value_size) { return padded(value_size, 32); }
+inline int64_t ragged_partial(int64_t vectors, int64_t value_size) {
+  return padded(2 * vectors, 16) + vectors * ragged_width(value_size);
+}
 
 // Offsets in floats; every part begins at 64 bytes.
 struct RaggedScratch {
   int64_t queries, keys, values, scores, turned, chunk, whole, total;
   RaggedScratch(int64_t size, int64_t value_size) {
-    const int64_t depth = padded(size, 32), width = padded(value_size, 32);
+    const int64_t depth = padded(size, 32), width = ragged_width(value_size);
     queries = 0;                                  // [vectors][depth]
     keys = queries + kTileVectors * depth;        // [kBlockKeys][depth], copies
-    values = keys + kBlockKeys * depth;           // [kBlockKeys][width], copies or pairs
+    values = keys + kBlockKeys * depth;           // [kBlockKeys][width], copies
     scores = values + kBlockKeys * width;         // [vectors][kBlockKeys], then weights
-    turned = scores + kTileVectors * kBlockKeys;  // [kBlockKeys][vectors]: scores as tile registers leave them
+    turned = scores + kTileVectors * kBlockKeys;  // scores as tile registers leave them, then weights for them
     chunk = turned + kTileVectors * kBlockKeys;   // a result of kTileVectors
     whole = chunk + padded(ragged_partial(kTileVectors, value_size), 16);
     total = whole + padded(ragged_partial(kTileVectors, value_size), 16);

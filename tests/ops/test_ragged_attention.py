@@ -133,6 +133,22 @@ def test_what_is_out_of_range_does_not_matter(backend, dtype, value):
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_value_shows_in_its_column_alone(backend, dtype, value):
+    """Tile registers multiply neighbouring values with a zero: not if one is no number."""
+    args, options = inputs(dtype, lengths=(700, 70), queries=(3, 1), heads=8, kv_heads=2, size=64)
+    want = ops.ragged_attention(*args, **options)
+    for column in (0, 33, 63):
+        values = args[2].clone()
+        values[args[4][0], 1, 30, column] = value
+        got = ops.ragged_attention(*args[:2], values, *args[3:], **options)
+        assert not got[:3, 4:, column].isfinite().any()
+        got[:3, 4:, column] = want[:3, 4:, column]
+        assert torch.equal(got, want)
+
+
+@on_every_backend
 def test_a_bad_key_shows_in_the_rows_that_see_it(backend):
     args, options = inputs(torch.bfloat16, lengths=(70, 70), queries=(1, 1))
     args[1][0, :, 30] = math.nan
