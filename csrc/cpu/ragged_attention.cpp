@@ -21,7 +21,8 @@ namespace {
 
 constexpr double kSerialWork = 262144;   // multiply-adds below which a parallel region costs more than it saves
 constexpr int64_t kTilesPerThread = 16;  // with fewer, they are split over their keys
-constexpr int64_t kChunksAtOnce = 8;     // of a split tile: a task's first keys come unfetched
+constexpr int64_t kChunksAtOnce = 8;     // of a task at most where tiles are split: its first keys come unfetched
+constexpr int64_t kTasksPerThread = 8;   // or fewer chunks, for so many
 
 [[noreturn]] void refuse(const std::string& what, int64_t got, int64_t entry) {
   throw std::invalid_argument("ragged_attention: " + what + ", got " + std::to_string(got) + " at " +
@@ -108,21 +109,29 @@ RaggedPlan ragged_attention_plan(const RaggedAttentionParams& p) {
   plan.threads = work * static_cast<double>(p.size + p.value_size) < kSerialWork ? 1 : std::max(1, p.threads);
   const int64_t tiles = static_cast<int64_t>(plan.tasks.size());
   if (may_split(p.tokens, p.heads, plan.threads) && tiles < kTilesPerThread * plan.threads) {
+    const auto start_of = [&](const RaggedTask& tile) { return p.kv_start ? p.kv_start[tile.entry] : 0; };
+    const auto chunks_of = [&](const RaggedTask& tile) -> int64_t {  // those that its keys lie in
+      if (tile.begin >= tile.end) return 0;
+      const int64_t start = start_of(tile);
+      return (tile.end - start - 1) / kChunkKeys + 1 - (tile.begin - start) / kChunkKeys;
+    };
+    int64_t all = 0;
+    for (const RaggedTask& tile : plan.tasks) all += chunks_of(tile);
+    const int64_t at_once = std::clamp<int64_t>(all / (plan.threads * kTasksPerThread), 1, kChunksAtOnce);
     std::vector<RaggedTask> parts;
     for (RaggedTask tile : plan.tasks) {
-      const int64_t start = p.kv_start ? p.kv_start[tile.entry] : 0, first = (tile.begin - start) / kChunkKeys;
-      const int64_t chunks = tile.begin < tile.end ? (tile.end - start - 1) / kChunkKeys + 1 - first : 0;
-      if (chunks <= kChunksAtOnce) {
+      const int64_t chunks = chunks_of(tile), each = ragged_partial(tile.count, p.value_size);
+      if (chunks <= at_once) {
         parts.push_back(tile);
         continue;
       }
       tile.partial = plan.partials;
       plan.splits.push_back({tile, chunks});
-      const int64_t each = ragged_partial(tile.count, p.value_size);
-      for (int64_t i = 0; i < chunks; i += kChunksAtOnce) {
+      const int64_t first = start_of(tile) + (tile.begin - start_of(tile)) / kChunkKeys * kChunkKeys;
+      for (int64_t i = 0; i < chunks; i += at_once) {
         RaggedTask part = tile;
-        part.begin = std::max(tile.begin, start + (first + i) * kChunkKeys);
-        part.end = std::min(tile.end, start + (first + i + kChunksAtOnce) * kChunkKeys);
+        part.begin = std::max(tile.begin, first + i * kChunkKeys);
+        part.end = std::min(tile.end, first + (i + at_once) * kChunkKeys);
         part.partial = plan.partials + i * each;
         parts.push_back(part);
       }

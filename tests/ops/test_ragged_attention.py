@@ -101,6 +101,20 @@ def test_a_row_has_the_same_bits_in_any_batch(backend, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("window", [None, 7000])
+def test_a_task_of_many_chunks(backend, window):
+    """Threads split a long row; each does some chunks at once, and the last of them fewer."""
+    args, options = inputs(lengths=(9001,), queries=(2,), start=(3,), heads=4, kv_heads=4, window=window)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = ops.ragged_attention(*args, **options)
+    torch.set_num_threads(2)
+    assert torch.equal(ops.ragged_attention(*args, **options), whole)
+    torch.set_num_threads(threads)
+    assert_close(whole, args, options)
+
+
+@on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_token_alone_has_the_bits_that_it_has_among_others(backend, dtype):
     if backend in ("emulated", "cuda"):
