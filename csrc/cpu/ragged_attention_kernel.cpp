@@ -1,7 +1,7 @@
 // ragged_attention, one task: a tile of query vectors that share a key head, over some chunks of one row's keys.
 //
 //   queries   laid out once for the products
-//   for each block of 32 keys of a chunk:                                       meanwhile later ones are fetched
+//   for each block of keys of a chunk:                                          meanwhile later ones are fetched
 //     scores    = keys . queries        -> scale, softcap, alibi, bias, visible range
 //     weights   = e^(scores - maximum)  -> what was summed before shrinks where the maximum rose
 //     result   += weights . values
@@ -109,6 +109,8 @@ class Tile {
 
  private:
   using T = typename Products::Value;
+  static constexpr int64_t kBlockKeys = Block<T>::kKeys;
+  static constexpr int kBlockVecs = kBlockKeys / kLanes;
   static constexpr int kFetchVecs = kBlockVecs > 4 ? kBlockVecs / 4 : 1;  // of weights between two fetches
   const RaggedAttentionParams& p;
   const RaggedTask& task;

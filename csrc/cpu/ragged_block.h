@@ -11,18 +11,18 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int kBlockVecs = kBlockKeys / kLanes;
-
 template <class T>
 class Block {
  public:
+  static constexpr int64_t kKeys = 128 / sizeof(T);  // two blocks of heads of 64 lie in L1 beside each other
+
   int64_t at = -1, count = 0;  // its first key, and how many
-  const T *key[kBlockKeys], *value[kBlockKeys];
+  const T *key[kKeys], *value[kKeys];
   bool even = false;  // all keys at one distance from each other
 
   // `steps` of work on a block are there to fetch another.
   Block(const RaggedAttentionParams& params, const RaggedTask& of, int64_t steps)
-      : p(params), task(of), share((kBlockKeys * kParts + steps - 1) / steps) {}
+      : p(params), task(of), share((kKeys * kParts + steps - 1) / steps) {}
 
   // Becomes keys [first, first + many). Those up to a full register repeat the last one: their scores count nowhere.
   void find(int64_t first, int64_t many) {
@@ -58,8 +58,8 @@ class Block {
   }
 
  private:
-  static constexpr int64_t kParts = 256;           // of a row
-  static constexpr int64_t kFar = 3 * kBlockKeys;  // keys from the row that goes to L1 to the one that goes to L2
+  static constexpr int64_t kParts = 256;      // of a row
+  static constexpr int64_t kFar = 3 * kKeys;  // keys from the row that goes to L1 to the one that goes to L2
   static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   const RaggedAttentionParams& p;
   const RaggedTask& task;

@@ -128,6 +128,7 @@ class Lanes {
 
  private:
   using Element = typename K::Element;
+  static constexpr int64_t kBlockKeys = Block<T>::kKeys;
   static constexpr int64_t kKeys = kLanes / 2;                      // of a step of the scores
   static constexpr int kRows = 4, kColumns = kLanes == 16 ? 4 : 2;  // of the registers of sums
   static constexpr int64_t kAcross = kColumns * kLanes, kSteps = 8;

@@ -6,8 +6,8 @@
 
 namespace exeunt::cpu {
 
-constexpr int64_t kTileVectors = 32;  // query vectors (queries x heads of a group) that share a read of the keys
-constexpr int64_t kBlockKeys = 32;    // keys of one step of the online softmax: two blocks lie in L1 beside each other
+constexpr int64_t kTileVectors = 32;    // query vectors (queries x heads of a group) that share a read of the keys
+constexpr int64_t kMostBlockKeys = 64;  // keys of one step of the online softmax at most (Block)
 constexpr int64_t kChunkKeys =
     512;  // keys of one partial result; counted from kv_start, so that bits depend on it alone
 
@@ -36,12 +36,12 @@ struct RaggedScratch {
   int64_t queries, keys, values, scores, turned, chunk, whole, total;
   RaggedScratch(int64_t size, int64_t value_size) {
     const int64_t depth = padded(size, 32), width = ragged_width(value_size);
-    queries = 0;                                  // [vectors][depth]
-    keys = queries + kTileVectors * depth;        // [kBlockKeys][depth], copies
-    values = keys + kBlockKeys * depth;           // [kBlockKeys][width], copies
-    scores = values + kBlockKeys * width;         // [vectors][kBlockKeys], then weights
-    turned = scores + kTileVectors * kBlockKeys;  // scores as tile registers leave them, then weights for them
-    chunk = turned + kTileVectors * kBlockKeys;   // a result of kTileVectors
+    queries = 0;                                      // [vectors][depth]
+    keys = queries + kTileVectors * depth;            // [kMostBlockKeys][depth], copies
+    values = keys + kMostBlockKeys * depth;           // [kMostBlockKeys][width], copies
+    scores = values + kMostBlockKeys * width;         // [vectors][kMostBlockKeys], then weights
+    turned = scores + kTileVectors * kMostBlockKeys;  // scores as tile registers leave them, then weights for them
+    chunk = turned + kTileVectors * kMostBlockKeys;   // a result of kTileVectors
     whole = chunk + padded(ragged_partial(kTileVectors, value_size), 16);
     total = whole + padded(ragged_partial(kTileVectors, value_size), 16);
   }
