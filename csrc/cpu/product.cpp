@@ -311,7 +311,9 @@ struct VectorProduct {
   template <int W, int H, bool Fetch>
   EXEUNT_INLINE void add_line(const char* next, int64_t row_stride, const char* numbers, const char* x,
                               int64_t vec_bytes, Sum (&sum)[W][H][K::kChains]) {
+#if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 4
+#endif
     for (int64_t u = 0; u < kUnits; ++u) {
       if constexpr (Fetch) {
         __builtin_prefetch(next, 0, 3);
