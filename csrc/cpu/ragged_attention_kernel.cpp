@@ -97,8 +97,8 @@ class Tile {
       for (int64_t at = start + (task.begin - start) / kChunkKeys * kChunkKeys; at < task.end; at += kChunkKeys) {
         const int64_t end = at + kChunkKeys < task.end ? at + kChunkKeys : task.end;
         const int64_t from_key = task.begin > at ? at + (task.begin - at) / kBlockKeys * kBlockKeys : at;
-        of_chunk(from_key, end);
-        if (products.doubts(chunk.values, task.count * width)) of_chunk(from_key, end);
+        do of_chunk(from_key, end);
+        while (products.doubts(chunk.values, task.count * width));
         absorb(partial ? Result::at(partial, task.count) : whole, chunk, task.count, width, first || partial);
         if (partial) partial += ragged_partial(task.count, p.value_size);
         first = false;
