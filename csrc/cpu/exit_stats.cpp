@@ -15,6 +15,7 @@
 #include "core/exit_stats.h"
 #include "cpu/isa.h"
 #include "cpu/rows.h"
+#include "cpu/runs.h"
 
 namespace exeunt::cpu {
 namespace {
@@ -93,6 +94,7 @@ void exit_stats(const ExitStatsParams& p) {
   const Isa& isa = selected_isa();
   const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
+  Runs runs(layout.chunks, threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -105,12 +107,13 @@ void exit_stats(const ExitStatsParams& p) {
       isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
       isa.pack_row(p.head.dtype, row, p.width, r, x);
     }
-#pragma omp for schedule(guided)  // runs of chunks: what was fetched ahead is the same thread's
-    for (int64_t c = 0; c < layout.chunks; ++c) {
-      const int64_t begin = c * layout.chunk;
-      isa.exit_stats_chunk({&p, x, out_rows, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
-                            topk + c * p.topk, drawn + c, layout.chunks});
-    }
+    for (int64_t c, end; runs.next(c, end);)
+      for (; c < end; ++c) {
+        const int64_t begin = c * layout.chunk;
+        isa.exit_stats_chunk({&p, x, out_rows, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
+                              topk + c * p.topk, drawn + c, layout.chunks});
+      }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < p.rows; ++r) {
       const int64_t at = r * layout.chunks, chunks = r < live ? layout.chunks : 0;

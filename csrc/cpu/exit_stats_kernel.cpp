@@ -56,25 +56,16 @@ EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
 
 // Merge the lanes of one row, lowest vocabulary index first among equals.
 EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
-  alignas(64) float top1[kLanes], sumexp[kLanes], weighted[kLanes];
-  store(top1, s.top1);
-  int best = 0;
-  for (int l = 0; l < kLanes; ++l) {
-    if (s.bad[l]) return exit_stats_flagged();
-    if (top1[l] > top1[best] || (top1[l] == top1[best] && s.argmax[l] < s.argmax[best])) best = l;
-  }
-  if (s.argmax[best] < 0) return exit_stats_empty();
-  const Vec shift = max(s.top1 - top1[best], splat(kFloor));
-  const Vec factor = exp_or_zero(shift);
-  store(sumexp, factor * s.sumexp);
-  store(weighted, factor * (s.weighted + shift * s.sumexp));
-  ExitStats out{s.argmax[best], top1[best], s.top2[best], 0.0f, 0.0f};
-  for (int l = 0; l < kLanes; ++l) {
-    if (l != best && top1[l] > out.top2) out.top2 = top1[l];
-    out.sumexp += sumexp[l];
-    out.weighted += weighted[l];
-  }
-  return out;
+  if (any(s.bad)) return exit_stats_flagged();
+  const auto largest = [](Vec a, Vec b) { return max(a, b); };
+  const auto sum = [](Vec a, Vec b) { return a + b; };
+  const Vec top1 = across(s.top1, largest);
+  const IVec first = s.top1 == top1 ? s.argmax : IVec{} + std::numeric_limits<int32_t>::max();
+  const IVec argmax = across(first, [](IVec a, IVec b) { return a < b ? a : b; });
+  if (argmax[0] < 0) return exit_stats_empty();
+  const Vec shift = max(s.top1 - top1, splat(kFloor)), factor = exp_or_zero(shift);
+  return {argmax[0], top1[0], across(first == argmax ? s.top2 : s.top1, largest)[0],
+          across(factor * s.sumexp, sum)[0], across(factor * (s.weighted + shift * s.sumexp), sum)[0]};
 }
 
 // The k largest logits of a row so far, largest first.
@@ -130,7 +121,7 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
     }
 
     // A loop over the rows for each thing that is asked, so that what every call needs runs without branches.
-    const auto epilogue = [&](int64_t vocab, int count, float (*z)[kTile]) {
+    const auto epilogue = [&](int64_t vocab, int count, float (*z)[kTile], const Ahead& ahead) {
       alignas(64) float bias[kTile];
       alignas(64) uint32_t vocabulary[kTile];
       for (int i = 0; (p.head_bias.data || p.seeds) && i < kTile; ++i) {
@@ -151,11 +142,14 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
       }
       if (capped)
         each([&](int64_t r, int i, Vec v) { store(z[r] + i, tanh(v * gain_in) * gain_out); });
-      else
+      else if (gain_in != 1.0f)
         each([&](int64_t r, int i, Vec v) { store(z[r] + i, v * gain_in); });
       if (count < kTile) each([&](int64_t r, int i, Vec v) { store(z[r] + i, lane < count - i ? v : splat(-kInf)); });
 
-      each([&](int64_t r, int i, Vec v) { push<Entropy>(stats[r], v, ids_at(i)); });
+      each([&](int64_t r, int i, Vec v) {
+        if (i == 0) ahead.fetch(r);
+        push<Entropy>(stats[r], v, ids_at(i));
+      });
       if (p.topk) each([&](int64_t r, int i, Vec v) { offer(top[r], p.topk, v, ids_at(i)); });
       if (p.seeds)
         each([&](int64_t r, int i, Vec v) {

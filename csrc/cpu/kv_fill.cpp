@@ -22,6 +22,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/rows.h"
+#include "cpu/runs.h"
 
 namespace exeunt::cpu {
 namespace {
@@ -107,6 +108,7 @@ void kv_fill(const KvFillParams& p) {
   };
   const double work = static_cast<double>(p.rows * p.width) * static_cast<double>(units / 2);
   const int threads = work * static_cast<double>(p.head_size) < kSerialWork ? 1 : std::max(1, p.threads);
+  Runs runs(units, threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -117,22 +119,22 @@ void kv_fill(const KvFillParams& p) {
     for (int64_t n = 0; n < p.rows; ++n)
       isa.standardise(p.hidden, p.hidden_dtype, p.source[n] * p.hidden_stride, p.width, p.norm, p.eps,
                       standard + n * p.width);
-#pragma omp for schedule(guided)
-    for (int64_t i = 0; i < units; ++i) {
-      const auto [layer, h, keys] = unit(i);
-      if (layer != packed_layer) {
-        packed_layer = layer;
-        packed.rows = rows_of(layer);
-        for (int64_t n = 0; n < packed.rows; ++n)
-          isa.kv_fill_pack(p, p.layers[layer], standard + n * p.width, reinterpret_cast<float*>(own + layout.row), n,
-                           packed);
+    for (int64_t i, end; runs.next(i, end);)
+      for (; i < end; ++i) {
+        const auto [layer, h, keys] = unit(i);
+        if (layer != packed_layer) {
+          packed_layer = layer;
+          packed.rows = rows_of(layer);
+          for (int64_t n = 0; n < packed.rows; ++n)
+            isa.kv_fill_pack(p, p.layers[layer], standard + n * p.width, reinterpret_cast<float*>(own + layout.row), n,
+                             packed);
+        }
+        const Unit next = unit(std::min(i + 1, units - 1));
+        isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
+                          p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed,
+                          head_of(p.layers[next.layer], next.keys, next.head), own + layout.panel,
+                          reinterpret_cast<float*>(own + layout.head)});
       }
-      const Unit next = unit(std::min(i + 1, units - 1));
-      isa.kv_fill_head({&p, p.layers + layer, p.places + layer,
-                        p.tables ? p.tables[p.one_table ? 0 : layer] : KvRotary{}, h, keys, packed,
-                        head_of(p.layers[next.layer], next.keys, next.head), own + layout.panel,
-                        reinterpret_cast<float*>(own + layout.head)});
-    }
   }
 }
 

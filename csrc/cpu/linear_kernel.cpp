@@ -24,7 +24,7 @@ void linear_rows(const LinearArgs& a) {
   const int64_t block = product_rows(dtype);
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
-    const auto epilogue = [&](int64_t at, int count, float (*z)[kTile]) {
+    const auto epilogue = [&](int64_t at, int count, float (*z)[kTile], const Ahead&) {
       alignas(64) float bias[kTile] = {};
       for (int i = 0; layer.bias.data && i < count; ++i)
         bias[i] = value_at(layer.bias.data, layer.bias.dtype, (at + i) * layer.bias.stride);

@@ -107,15 +107,16 @@ EXEUNT_INLINE void fetch_to_write(char* to, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(to + at, 1, 3);
 }
 
-// Products, or those of planes one after the other, to the epilogue.
+// Products, or those of planes one after the other, to the epilogue; of the next tile so many lines have been fetched.
 template <class K>
 EXEUNT_INLINE void hand_over(const Tile& tile, PackedRows x, int64_t first, int64_t rows, float (*z)[kTile],
-                             Epilogue epilogue) {
+                             Epilogue epilogue, int64_t fetched) {
   for (int64_t r = 0; r < rows; ++r) {
     K::finish(z[r * K::kPlanes], x.scale[first + r], tile.scale);
     if (K::kPlanes > 1) __builtin_memmove(z[r], z[r * K::kPlanes], sizeof z[r]);
   }
-  epilogue.call(epilogue.self, tile.at, tile.count, z);
+  epilogue.call(epilogue.self, tile.at, tile.count, z,
+                {tile.next + fetched * tile.line_stride, tile.row_stride, tile.line_stride});
 }
 
 // ---- the product in vector registers --------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ struct VectorProduct {
       few<2>(*tile, data, z);
     else
       few<1>(*tile, data, z);
-    hand_over<K>(*tile, x, first, rows, z, epilogue);
+    hand_over<K>(*tile, x, first, rows, z, epilogue, kFar);
   }
 
  private:

@@ -1,8 +1,8 @@
 // The streaming product: a few hidden rows times a weight that is read once, in tiles of 16 weight rows. What is done
 // with the products is the caller's epilogue. Implemented in product.cpp, which draws the tiling.
 //
-//   product(stream, begin, end, x, first, rows, epilogue);      // epilogue(at, count, z) for every tile of [begin,
-//   end)
+//   product(stream, begin, end, x, first, rows, epilogue);      // epilogue(at, count, z, ahead) for every tile of
+//   [begin, end)
 #pragma once
 #include "cpu/kernels.h"
 
@@ -21,19 +21,31 @@ struct Stream {
   const char* next;  // what will be read after the last row; null for the rows that follow it
 };
 
+// Weight that is read next. An epilogue that takes long fetches some of it, or memory would wait for its end.
+struct Ahead {
+  const char* data;
+  int64_t row_stride, line_stride;
+  // A share of it, four lines for each hidden row.
+  void fetch(int64_t r) const {
+    const char* from = data + r / 4 * line_stride + r % 4 * 4 * row_stride;
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(from + i * row_stride, 0, 2);
+  }
+};
+
 // Called with the products of weight rows [at, at + count): z[r] holds those of hidden row first + r, and is the
 // epilogue's to change. Beyond `count` lies what has no meaning. A plain function: inlined into each shape of the
 // product it would be compiled a dozen times.
 struct Epilogue {
-  void (*call)(const void* self, int64_t at, int count, float (*z)[kTile]);
+  void (*call)(const void* self, int64_t at, int count, float (*z)[kTile], const Ahead& ahead);
   const void* self;
 };
 
 template <class F>
 static inline Epilogue epilogue_of(const F& f) {
-  return {
-      [](const void* self, int64_t at, int count, float (*z)[kTile]) { (*static_cast<const F*>(self))(at, count, z); },
-      &f};
+  return {[](const void* self, int64_t at, int count, float (*z)[kTile], const Ahead& ahead) {
+            (*static_cast<const F*>(self))(at, count, z, ahead);
+          },
+          &f};
 }
 
 // Hidden rows that one call of product() may bring.

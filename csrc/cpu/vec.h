@@ -122,8 +122,8 @@ EXEUNT_INLINE V swap_halves(V v, std::integer_sequence<int, I...>) {
 }
 
 // One value out of all lanes by a commutative `op`, always in the same order; it is in every lane of the result.
-template <int Block = kLanes, class Op>
-EXEUNT_INLINE Vec across(Vec v, Op op) {
+template <int Block = kLanes, class V, class Op>
+EXEUNT_INLINE V across(V v, Op op) {
   if constexpr (Block > 1)
     return across<Block / 2>(op(v, swap_halves<Block>(v, std::make_integer_sequence<int, kLanes>())), op);
   return v;
