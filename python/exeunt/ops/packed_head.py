@@ -65,8 +65,10 @@ class PackedHead:
         per_line = _LINE // element
         tiles, lines = -(-v // _TILE), -(-d // per_line)
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
-        self.data = zeros_on_huge_pages((tiles, lines, _TILE, per_line), stored)
-        self.scale = torch.zeros(tiles * _TILE) if self.dtype == torch.int8 else None
+        size, scales = tiles * _TILE * lines * _LINE, tiles * _TILE if self.dtype == torch.int8 else 0
+        memory = zeros_on_huge_pages((size + 4 * scales,), torch.uint8)  # the scales too: small pages are walked anew
+        self.data = memory[:size].view(stored).view(tiles, lines, _TILE, per_line)
+        self.scale = memory[size:].view(torch.float32) if scales else None
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):
                 rows = weight[start : start + _ROWS_AT_ONCE].detach()
