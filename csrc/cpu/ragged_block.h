@@ -2,8 +2,8 @@
 //
 // Prefetches that come in a burst fill the core's line buffers, and then memory waits while products run. So the rows of
 // the next block are fetched a few at a time, after each step of the work on this one, into L1, where products find
-// them without a line buffer. Each line is asked for twice, two lines earlier into L2: with one request alone, or with
-// the first one a KB or more earlier, memory gives a tenth to a fifth less.
+// them without a line buffer. Each line is asked for twice, the first time with the pair before it: with one request,
+// or with two that are a KB or more apart, memory gives a fifth less.
 #pragma once
 #include "core/params.h"
 #include "cpu/ragged_tile.h"
@@ -65,12 +65,12 @@ class Block {
   const int64_t share;
   int64_t due = 0, fetched = 0;
 
-  // What is fetched into L2 is taken to be the row that follows: a prefetch of what is not there does nothing.
+  // The second pair is taken to follow in memory: a prefetch of what is not there does nothing.
   static inline __attribute__((always_inline)) void fetch_two(const T* at) {
-    __builtin_prefetch(at + 2 * kLine, 0, 2);
     __builtin_prefetch(at, 0, 3);
-    __builtin_prefetch(at + 3 * kLine, 0, 2);
+    __builtin_prefetch(at + 2 * kLine, 0, 3);
     __builtin_prefetch(at + kLine, 0, 3);
+    __builtin_prefetch(at + 3 * kLine, 0, 3);
   }
 };
 
