@@ -230,9 +230,7 @@ void ragged_attention_task(const RaggedAttentionParams& p, const RaggedTask& tas
   if (p.dtype == DType::float16) Tile<Lanes<Floats, Float16>>(p, task, scratch).run(partial);
   if (p.dtype != DType::bfloat16) return;
 #if defined(EXEUNT_AMX)
-  tiles_begin();
   Tile<Tiles>(p, task, scratch).run(partial);
-  tiles_end();
 #elif defined(__AVX512BF16__)
   Tile<Lanes<Pairs, BFloat16>>(p, task, scratch).run(partial);
 #else
