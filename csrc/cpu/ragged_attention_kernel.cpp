@@ -68,7 +68,8 @@ EXEUNT_INLINE void finish(const RaggedAttentionParams& p, const RaggedTask& task
     const int64_t to = (token * p.heads + head) * p.value_size;
     const bool blind = empty || whole.sum[i] == 0.0f;  // it saw no key
     for (int64_t d = 0; d < p.value_size; ++d)
-      store_at(p.out, p.dtype, to + d, blind ? 0.0f : whole.values[i * width + Products::column(d)] / whole.sum[i]);
+      store_at(p.out, p.dtype, to + d,
+               blind ? 0.0f : whole.values[i * width + Products::column(d, width)] / whole.sum[i]);
   }
 }
 
@@ -161,7 +162,7 @@ class Tile {
 
   // scores -> weights of vector i; its maximum, its sum, and what it has summed so far follow.
   void weigh(int64_t i, int64_t at, int64_t count, bool fresh, Block<T>& next) {
-    float* score = scores + i * kBlockKeys;
+    float* score = scores + i * Products::kRow;
     const int64_t low = from[i] - at, high = until[i] - at;
     if (low >= count || high <= 0) {
       for (int v = 0; v < kBlockVecs; ++v) products.put(score, v, Vec{});

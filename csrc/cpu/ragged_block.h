@@ -1,7 +1,7 @@
 // A block of keys and values: where they lie in the cache, and how those of later blocks are fetched meanwhile.
 //
-// Prefetches that come in a burst fill the core's line buffers, and then memory waits while products run. So the rows of
-// the next block are fetched a few at a time, after each step of the work on this one, into L1, where products find
+// Prefetches that come in a burst fill the core's line buffers, and then memory waits while products run. So the rows
+// of the next block are fetched a few at a time, after each step of the work on this one, into L1, where products find
 // them without a line buffer. Each line is asked for twice, the first time with the pair before it: with one request,
 // or with two that are a KB or more apart, memory gives a fifth less.
 #pragma once

@@ -79,7 +79,8 @@ class Lanes {
            (vectors + kRows - 1) / kRows * ((width + kAcross - 1) / kAcross) * kSteps;
   }
 
-  static int64_t column(int64_t d) { return d; }  // of a result, where element d of the values is
+  static constexpr int64_t kRow = Block<T>::kKeys;         // floats of a vector's scores, and then of its weights
+  static int64_t column(int64_t d, int64_t) { return d; }  // of a result so wide, where element d of the values is
   bool doubts(const float*, int64_t) { return false; }
 
   void query(int64_t i, const T* q) { lay_out(q, p.size, queries + i * depth, depth); }
@@ -128,7 +129,7 @@ class Lanes {
 
  private:
   using Element = typename K::Element;
-  static constexpr int64_t kBlockKeys = Block<T>::kKeys;
+  static constexpr int64_t kBlockKeys = kRow;
   static constexpr int64_t kKeys = kLanes / 2;                      // of a step of the scores
   static constexpr int kRows = 4, kColumns = kLanes == 16 ? 4 : 2;  // of the registers of sums
   static constexpr int64_t kAcross = kColumns * kLanes, kSteps = 8;

@@ -36,12 +36,12 @@ struct RaggedScratch {
   int64_t queries, keys, values, scores, turned, chunk, whole, total;
   RaggedScratch(int64_t size, int64_t value_size) {
     const int64_t depth = padded(size, 32), width = ragged_width(value_size);
-    queries = 0;                                      // [vectors][depth]
-    keys = queries + kTileVectors * depth;            // [kMostBlockKeys][depth], copies
-    values = keys + kMostBlockKeys * depth;           // [kMostBlockKeys][width], copies
-    scores = values + kMostBlockKeys * width;         // [vectors][kMostBlockKeys], then weights
-    turned = scores + kTileVectors * kMostBlockKeys;  // scores as tile registers leave them, then weights for them
-    chunk = turned + kTileVectors * kMostBlockKeys;   // a result of kTileVectors
+    queries = 0;                                          // [vectors][depth]
+    keys = queries + kTileVectors * depth;                // [kMostBlockKeys][depth], copies
+    values = keys + kMostBlockKeys * depth;               // [kMostBlockKeys][width], copies
+    scores = values + kMostBlockKeys * width;             // [vectors][Products::kRow], then weights
+    turned = scores + 2 * kTileVectors * kMostBlockKeys;  // scores as tile registers leave them
+    chunk = turned + kTileVectors * kMostBlockKeys;       // a result of kTileVectors
     whole = chunk + padded(ragged_partial(kTileVectors, value_size), 16);
     total = whole + padded(ragged_partial(kTileVectors, value_size), 16);
   }
