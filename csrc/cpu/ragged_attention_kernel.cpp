@@ -48,14 +48,22 @@ EXEUNT_INLINE void absorb(const Result& whole, const Result& part, int64_t vecto
     __builtin_memcpy(whole.maximum, part.maximum, sizeof(float) * static_cast<uint64_t>(floats));
     return;
   }
+  alignas(64) float old_scale[kTileVectors] = {}, new_scale[kTileVectors] = {};
   for (int64_t i = 0; i < vectors; ++i) {
     const float a = whole.maximum[i], b = part.maximum[i];
     const float top = a > b ? a : b, base = top == kLowest ? 0.0f : top;
-    const float old_scale = weight_of(a - base), new_scale = weight_of(b - base);
     whole.maximum[i] = top;
-    whole.sum[i] = whole.sum[i] * old_scale + part.sum[i] * new_scale;
+    old_scale[i] = a - base;
+    new_scale[i] = b - base;
+  }
+  for (int64_t i = 0; i < vectors; i += kLanes) {  // of those beyond the last one nothing is used
+    store(old_scale + i, weight_of(load(old_scale + i)));
+    store(new_scale + i, weight_of(load(new_scale + i)));
+  }
+  for (int64_t i = 0; i < vectors; ++i) {
+    whole.sum[i] = whole.sum[i] * old_scale[i] + part.sum[i] * new_scale[i];
     for (int64_t d = i * width; d < (i + 1) * width; d += kLanes)
-      store(whole.values + d, load(whole.values + d) * old_scale + load(part.values + d) * new_scale);
+      store(whole.values + d, load(whole.values + d) * old_scale[i] + load(part.values + d) * new_scale[i]);
   }
 }
 

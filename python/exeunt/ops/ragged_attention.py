@@ -113,7 +113,7 @@ def ragged_attention(
     """
     args = (q, k_cache, v_cache, q_indptr, rows, kv_len, kv_start, positions, causal, window, softcap, scale, alibi,
             bias, pages, count)  # fmt: skip
-    if _backend.direct(q, k_cache) and not (torch.is_grad_enabled() and q.requires_grad):
+    if _backend.direct(q, k_cache) and not (q.requires_grad and torch.is_grad_enabled()):
         return _forward(*args)
     return torch.ops.exeunt.ragged_attention(*args)
 
