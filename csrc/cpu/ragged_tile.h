@@ -7,7 +7,7 @@
 namespace exeunt::cpu {
 
 constexpr int64_t kTileVectors = 32;    // query vectors (queries x heads of a group) that share a read of the keys
-constexpr int64_t kMostBlockKeys = 64;  // keys of one step of the online softmax at most (Block)
+constexpr int64_t kMostBlockKeys = 32;  // keys of one step of the online softmax at most (Block)
 constexpr int64_t kChunkKeys =
     512;  // keys of one partial result; counted from kv_start, so that bits depend on it alone
 
