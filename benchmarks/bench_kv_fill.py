@@ -1,14 +1,15 @@
 """kv_fill beside a torch loop over the layers and beside the machine's floor: `pytest benchmarks/bench_kv_fill.py`.
 
-The stack is that of a model of a billion parameters: 16 layers, D=2048, 8 heads of 64, all of them skipped. The sides
+A stack is that of a model of a billion parameters: 16 layers, D=2048, 8 heads of 64, all of them skipped. The sides
 of a case run in turns: kv_fill for n tokens at once, the same tokens one by one, and what a torch user writes for each
-layer (norm, two projections, rotary embedding, into the cache). Before every call torch sums 768 MB, as the rest of a
-model would come between two decoding steps: weights, cache and code have left the caches, threads are awake.
+layer (norm, two projections, rotary embedding, into the cache). There are as many stacks as fill 1 GB, and a side goes
+through all of them: no side finds its weights in a processor's cache, and what Python brings along is as warm as it is
+between layers. They fill one cache, on huge pages as exeunt's own.
 
-The floor is one read of the weights. Read bandwidth is measured three times a case, the best of 4 and 8 streams a
-thread on small and huge pages, over 1.5 GB: a last-level cache may hold all of less. Its median stands beside the
-medians of the sides. The weights lie on huge pages, where `exeunt.huge_pages` puts a model's, or on small ones as torch
-allocates them.
+The floor is one read of the weights, plain loads in 1, 2, 4 or 8 streams a thread, whichever is best, which goes
+through the same stacks. Weights that lie row by row can't be read so: a product takes a line of each of 16 rows in
+turn. What plain loads get in that order is the second floor. Weights lie on huge pages, where `exeunt.huge_pages` puts
+a model's, or on small ones as torch allocates them. Medians of all calls.
 
 `python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table.
 """
@@ -24,11 +25,14 @@ from torch.nn import functional as F
 
 import exeunt
 import peaks
+from exeunt.memory import zeros_on_huge_pages
 from exeunt.ops import KVCache, KVLayer, KVStack, kv_fill
 
 LAYERS, D, HEADS, SIZE = 16, 2048, 8, 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-TURNS = 12
+TURNS = 4
+STREAMS = (1, 2, 4, 8)
+STACKS = 1 << 30  # bytes of their weights
 
 
 @pytest.fixture(scope="module")
@@ -62,50 +66,54 @@ def torch_loop(hidden, rows, slots, stack, keys, values, rotary):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pages", ["huge", "small"])
 def test_kv_fill(benchmark, library, dtype, n, pages):
-    stack = make_stack(DTYPES[dtype], pages)
-    keys, values = ([torch.zeros(8, HEADS, 256, SIZE, dtype=stack.dtype) for _ in range(LAYERS)] for _ in range(2))
-    cache, hidden = KVCache(keys, values), torch.randn(n, D).to(stack.dtype)
+    kind, shape = DTYPES[dtype], (8, HEADS, 256, SIZE)
+    nbytes = 2 * LAYERS * HEADS * SIZE * D * kind.itemsize
+    stacks = [make_stack(kind, pages) for _ in range(STACKS // nbytes)]
+    keys, values = ([zeros_on_huge_pages(shape, kind) for _ in range(LAYERS)] for _ in range(2))
+    cache, hidden = KVCache(keys, values), torch.randn(n, D).to(kind)
     places = torch.zeros(n, dtype=torch.int64), torch.arange(n) % 8, torch.arange(n) // 8
-    rotary = tuple(torch.randn(2, n, SIZE).to(stack.dtype))
+    rotary = tuple(torch.randn(2, n, SIZE).to(kind))
 
-    def at_once():
-        kv_fill(hidden, *places, stack, cache, rotary=rotary)
+    def fill(stack, rows=slice(None)):
+        pair = rotary[0][rows], rotary[1][rows]
+        own = hidden[rows], *(t[rows] for t in places)
+        start = time.perf_counter()
+        kv_fill(*own, stack, cache, rotary=pair)
+        return time.perf_counter() - start
 
-    def alone(i):
-        one = slice(i, i + 1)
-        own = hidden[one], *(t[one] for t in places)
-        pair = rotary[0][one], rotary[1][one]
-        return lambda: kv_fill(*own, stack, cache, rotary=pair)
+    def loop(stack):
+        start = time.perf_counter()
+        torch_loop(hidden, *places[1:], stack, keys, values, rotary)
+        return time.perf_counter() - start
 
+    def read(stack, rate_of):
+        weights = [weight for own in stack.layers for weight in (own.key, own.value)]
+        return sum(w.nbytes / rate_of(w) / 1e9 for w in weights)
+
+    threads = torch.get_num_threads()
     sides = {
-        "kv_fill": [at_once],
-        "one by one": [alone(i) for i in range(n)],
-        "torch": [lambda: torch_loop(hidden, *places[1:], stack, keys, values, rotary)],
+        "kv_fill": fill,
+        "one by one": lambda stack: sum(fill(stack, slice(i, i + 1)) for i in range(n)),
+        "torch": loop,
+        "floor in tiles": lambda stack: read(
+            stack, lambda w: library.read_tiles_rate(w.data_ptr(), w.nbytes, threads, w.stride(1) * w.itemsize)
+        ),
     }
-    nbytes = 2 * LAYERS * stack.layers[0].key.nbytes
-    threads, other = torch.get_num_threads(), torch.ones(3 << 26)
-    times = {name: [] for name in ("floor", *sides)}
-
-    def cold(calls):
-        seconds = 0.0
-        for call in calls:
-            other.sum()
-            start = time.perf_counter()
-            call()
-            seconds += time.perf_counter() - start
-        return seconds
-
+    for streams in STREAMS:
+        sides[streams] = lambda stack, streams=streams: read(
+            stack, lambda w: library.read_rate(w.data_ptr(), w.nbytes, threads, streams)
+        )
+    times = {name: [] for name in sides}
     with torch.inference_mode():
-        for calls in sides.values():
-            cold(calls)
-        for turn in range(TURNS):
-            for name, calls in sides.items():
-                times[name].append(cold(calls))
-            if turn % (TURNS // 3) == 0:
-                best = max(library.read_bandwidth(3 << 29, threads, s, h, 1) for s in (4, 8) for h in (0, 1))
-                times["floor"].append(nbytes / (best * 1e9))
-        benchmark.pedantic(at_once, rounds=3)
+        for side in sides.values():
+            side(stacks[0])
+        for _ in range(TURNS):
+            for name, side in sides.items():
+                times[name] += [side(stack) for stack in stacks]
+        benchmark.pedantic(lambda: fill(stacks[0]), rounds=3)
+    median = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    floor = min(median.pop(streams) for streams in STREAMS)
     benchmark.extra_info.update(
         fill=f"{dtype}, {n} rows" if n > 1 else f"{dtype}, one row", pages=pages, threads=threads,
-        sides={name: statistics.median(t) * 1e3 for name, t in times.items()},
+        sides={"floor": floor} | median,
     )  # fmt: skip

@@ -35,6 +35,34 @@ Line read(const char* begin, const char* end, int streams) {
   return sum[0];
 }
 
+// Reads rows of `row` bytes as a product of tiles of 16 rows does that lie one after the other: a line of each in turn.
+Line read_tiles(const char* begin, const char* end, int64_t row) {
+  Line sum = {};
+  for (; begin + 16 * row <= end; begin += 16 * row)
+    for (int64_t at = 0; at < row; at += 64)
+      for (int i = 0; i < 16; ++i) {
+        const char* p = begin + i * row + at;
+        __builtin_prefetch(p + 512, 0, 2);
+        __builtin_prefetch(p + 256);
+        sum ^= *reinterpret_cast<const Line*>(p);
+      }
+  return sum;
+}
+
+// GB/s of f over a share of the memory a thread, each a multiple of `unit`.
+template <class F>
+double rate_of(const char* memory, int64_t bytes, int threads, int64_t unit, F f) {
+  const int64_t part = bytes / threads / unit * unit;
+  const double start = now();
+#pragma omp parallel num_threads(threads)
+  {
+    const char* begin = memory + omp_get_thread_num() * part;
+    const Line sum = f(begin, begin + part);
+    asm volatile("" ::"m"(sum));
+  }
+  return static_cast<double>(bytes) / (now() - start) / 1e9;
+}
+
 // Chains of multiply-adds in registers, enough of them to hide their latency.
 constexpr int kChains = 16;
 
@@ -141,15 +169,12 @@ double read_bandwidth(int64_t bytes, int threads, int streams, int huge_pages, i
 
 // GB/s of one pass over memory that is there.
 double read_rate(const char* memory, int64_t bytes, int threads, int streams) {
-  const int64_t part = bytes / threads / 64 * 64;
-  const double start = now();
-#pragma omp parallel num_threads(threads)
-  {
-    const char* begin = memory + omp_get_thread_num() * part;
-    const Line sum = read(begin, begin + part, streams);
-    asm volatile("" ::"m"(sum));
-  }
-  return static_cast<double>(bytes) / (now() - start) / 1e9;
+  return rate_of(memory, bytes, threads, 64, [&](auto begin, auto end) { return read(begin, end, streams); });
+}
+
+// The same in the order of a product of tiles of 16 rows, each of `row` bytes.
+double read_tiles_rate(const char* memory, int64_t bytes, int threads, int64_t row) {
+  return rate_of(memory, bytes, threads, 16 * row, [&](auto begin, auto end) { return read_tiles(begin, end, row); });
 }
 
 // Name of the i-th multiply-add peak that this machine has, or null.

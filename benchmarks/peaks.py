@@ -20,9 +20,11 @@ def library() -> ctypes.CDLL:
             ["g++", "-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", SOURCE, "-o", out], check=True
         )
         lib = ctypes.CDLL(str(out))
-    lib.read_bandwidth.restype = lib.read_rate.restype = lib.peak_rate.restype = ctypes.c_double
+    for name in ("read_bandwidth", "read_rate", "read_tiles_rate", "peak_rate"):
+        getattr(lib, name).restype = ctypes.c_double
     lib.read_bandwidth.argtypes = [ctypes.c_int64, *[ctypes.c_int] * 4]
     lib.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    lib.read_tiles_rate.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
     lib.peak_name.restype = ctypes.c_char_p
     return lib
 
