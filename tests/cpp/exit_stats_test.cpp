@@ -5,6 +5,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +16,7 @@
 
 #include "cpu/exit_stats.h"
 #include "cpu/isa.h"
+#include "cpu/runs.h"
 #include "expect.h"
 
 using namespace exeunt;
@@ -56,6 +58,28 @@ BFloat16 narrow(float v) {
 template <>
 Float16 narrow(float v) {
   return to_float16(v);
+}
+
+void runs_take_every_item_once() {
+  for (int threads : {1, 2, 5})
+    for (int64_t count : {0, 1, 7, 125, 256}) {
+      cpu::Runs runs(count, threads);
+      std::vector<int> taken(static_cast<size_t>(count));
+#pragma omp parallel num_threads(threads)
+      for (int64_t i, end; runs.next(i, end);)
+        for (; i < end; ++i) {
+#pragma omp atomic
+          ++taken[static_cast<size_t>(i)];
+        }
+      expect(std::count(taken.begin(), taken.end(), 1) == count, "runs take every item once");
+    }
+  cpu::Runs runs(125, 2);
+  int64_t begin, end, last = 0, longest = 125;
+  while (runs.next(begin, end)) {
+    expect(begin == last && end - begin <= longest, "runs follow one another and never grow");
+    last = end, longest = end - begin;
+  }
+  expect(last == 125 && longest == 1, "the last run is one item");
 }
 
 void float16_is_exact() {
@@ -147,6 +171,7 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
 
 int main() {
   merge_is_a_monoid();
+  runs_take_every_item_once();
   float16_is_exact();
   for (const char* isa : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (cpu::select_isa(isa) != isa) continue;  // not on this machine
