@@ -64,8 +64,8 @@ EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
   const IVec argmax = across(first, [](IVec a, IVec b) { return a < b ? a : b; });
   if (argmax[0] < 0) return exit_stats_empty();
   const Vec shift = max(s.top1 - top1, splat(kFloor)), factor = exp_or_zero(shift);
-  return {argmax[0], top1[0], across(first == argmax ? s.top2 : s.top1, largest)[0],
-          across(factor * s.sumexp, sum)[0], across(factor * (s.weighted + shift * s.sumexp), sum)[0]};
+  return {argmax[0], top1[0], across(first == argmax ? s.top2 : s.top1, largest)[0], across(factor * s.sumexp, sum)[0],
+          across(factor * (s.weighted + shift * s.sumexp), sum)[0]};
 }
 
 // The k largest logits of a row so far, largest first.
