@@ -15,7 +15,7 @@ namespace {
 template <class T>
 class Block {
  public:
-  static constexpr int64_t kKeys = 32;  // so that two blocks lie in L1 beside each other
+  static constexpr int64_t kKeys = kStepKeys;
 
   int64_t at = -1, count = 0;  // its first key, and how many
   const T *key[kKeys], *value[kKeys];

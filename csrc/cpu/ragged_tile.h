@@ -6,10 +6,9 @@
 
 namespace exeunt::cpu {
 
-constexpr int64_t kTileVectors = 32;    // query vectors (queries x heads of a group) that share a read of the keys
-constexpr int64_t kMostBlockKeys = 32;  // keys of one step of the online softmax at most (Block)
-constexpr int64_t kChunkKeys =
-    512;  // keys of one partial result; counted from kv_start, so that bits depend on it alone
+constexpr int64_t kTileVectors = 32;  // query vectors (queries x heads of a group) that share a read of the keys
+constexpr int64_t kStepKeys = 32;     // keys of one step of the online softmax: two such blocks lie in L1
+constexpr int64_t kChunkKeys = 512;   // keys of one partial result; counted from kv_start: bits depend on it alone
 
 // Some query vectors of one entry and one key head, over some chunks of keys. Vector i is query i / group of the entry,
 // head i % group of the group.
@@ -36,12 +35,12 @@ struct RaggedScratch {
   int64_t queries, keys, values, scores, turned, chunk, whole, total;
   RaggedScratch(int64_t size, int64_t value_size) {
     const int64_t depth = padded(size, 32), width = ragged_width(value_size);
-    queries = 0;                                          // [vectors][depth]
-    keys = queries + kTileVectors * depth;                // [kMostBlockKeys][depth], copies
-    values = keys + kMostBlockKeys * depth;               // [kMostBlockKeys][width], copies
-    scores = values + kMostBlockKeys * width;             // [vectors][Products::kRow], then weights
-    turned = scores + 2 * kTileVectors * kMostBlockKeys;  // scores as tile registers leave them
-    chunk = turned + kTileVectors * kMostBlockKeys;       // a result of kTileVectors
+    queries = 0;                                     // [vectors][depth]
+    keys = queries + kTileVectors * depth;           // [kStepKeys][depth], copies
+    values = keys + kStepKeys * depth;               // [kStepKeys][width], copies
+    scores = values + kStepKeys * width;             // [vectors][Products::kRow], then weights
+    turned = scores + 2 * kTileVectors * kStepKeys;  // scores as tile registers leave them
+    chunk = turned + kTileVectors * kStepKeys;       // a result of kTileVectors
     whole = chunk + padded(ragged_partial(kTileVectors, value_size), 16);
     total = whole + padded(ragged_partial(kTileVectors, value_size), 16);
   }
