@@ -26,7 +26,7 @@ struct Ahead {
   const char* data;
   int64_t row_stride, line_stride;
   // A share of it, four lines for each hidden row.
-  void fetch(int64_t r) const {
+  inline __attribute__((always_inline)) void fetch(int64_t r) const {
     const char* from = data + r / 4 * line_stride + r % 4 * 4 * row_stride;
     for (int i = 0; i < 4; ++i) __builtin_prefetch(from + i * row_stride, 0, 2);
   }

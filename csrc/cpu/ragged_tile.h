@@ -33,7 +33,8 @@ inline int64_t ragged_partial(int64_t vectors, int64_t value_size) {
 // Offsets in floats; every part begins at 64 bytes.
 struct RaggedScratch {
   int64_t queries, keys, values, scores, turned, chunk, whole, total;
-  RaggedScratch(int64_t size, int64_t value_size) {
+  // Inlined even where nothing is optimised: objects of an instruction set may not export it.
+  inline __attribute__((always_inline)) RaggedScratch(int64_t size, int64_t value_size) {
     const int64_t depth = padded(size, 32), width = ragged_width(value_size);
     queries = 0;                                     // [vectors][depth]
     keys = queries + kTileVectors * depth;           // [kStepKeys][depth], copies
