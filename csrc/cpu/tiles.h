@@ -25,6 +25,7 @@ struct alignas(64) TileConfig {
 static constexpr TileConfig kTileConfig;
 
 EXEUNT_INLINE void tiles_see_memory() { asm volatile("" ::: "memory"); }
+// What was stored before (a configuration, packed rows) is seen by what the tiles load.
 EXEUNT_INLINE void tiles_begin(const TileConfig& config = kTileConfig) {
   tiles_see_memory();
   _tile_loadconfig(&config);

@@ -298,7 +298,7 @@ def test_last_page_edge(backend):
 
 @on_every_backend
 def test_causal_edge_and_chunk_edges(backend):
-    for length in (63, 64, 65, 512, 513):
+    for length in (31, 32, 33, 63, 64, 65, 512, 513):
         assert seen_keys(lengths=(length,), queries=(2,)) == [set(range(length - 1)), set(range(length))]
 
 
