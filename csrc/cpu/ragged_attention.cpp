@@ -21,7 +21,7 @@ namespace {
 
 constexpr double kSerialWork = 262144;   // multiply-adds below which a parallel region costs more than it saves
 constexpr int64_t kTilesPerThread = 16;  // with fewer, they are split over their keys
-constexpr int64_t kChunksAtOnce = 8;     // of a task at most where tiles are split: its first keys come unfetched
+constexpr int64_t kChunksAtOnce = 4;     // of a task at most where tiles are split: its first keys come unfetched
 constexpr int64_t kTasksPerThread = 8;   // or fewer chunks, for so many
 
 [[noreturn]] void refuse(const std::string& what, int64_t got, int64_t entry) {

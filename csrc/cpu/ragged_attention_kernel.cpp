@@ -3,7 +3,7 @@
 //   queries   laid out once for the products
 //   for each block of keys of a chunk:                                          meanwhile later ones are fetched
 //     scores    = keys . queries        -> scale, softcap, alibi, bias, visible range
-//     weights   = e^(scores - maximum)  -> what was summed before shrinks where the maximum rose
+//     weights   = e^(scores - maximum)  -> what was summed before shrinks where the maximum rose by much
 //     result   += weights . values
 //   chunks are merged in their order; the whole is divided by its sum and rounded once
 //
@@ -25,6 +25,7 @@ namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
 constexpr float kLowest = -__builtin_inff();
+constexpr float kSlack = 8.0f;  // scores pass the maximum by so much before sums are shrunk: weights are up to e^8
 
 // e^x for x <= 0: zero from where float32 has no normal number left. NaN stays NaN.
 EXEUNT_INLINE Vec weight_of(Vec x) { return x < -87.0f ? Vec{} : exp(x); }
@@ -106,6 +107,7 @@ class Tile {
       for (int64_t at = start + (task.begin - start) / kChunkKeys * kChunkKeys; at < task.end; at += kChunkKeys) {
         const int64_t end = at + kChunkKeys < task.end ? at + kChunkKeys : task.end;
         const int64_t from_key = task.begin > at ? at + (task.begin - at) / kBlockKeys * kBlockKeys : at;
+        if (partial) fetch_to_write(partial);
         do of_chunk(from_key, end);
         while (products.doubts(chunk.values, task.count * width));
         absorb(partial ? Result::at(partial, task.count) : whole, chunk, task.count, width, first || partial);
@@ -148,6 +150,11 @@ class Tile {
       bias_at[i] = token * p.bias_token + head * p.bias_head;
       products.query(i, static_cast<const T*>(p.q) + token * p.q_token + head * p.q_head);
     }
+  }
+
+  // A partial result's lines, while its chunk is worked on: memory is busy, and stores to them would wait.
+  void fetch_to_write(const float* partial) {
+    for (int64_t i = 0; i < ragged_partial(task.count, p.value_size); i += 16) __builtin_prefetch(partial + i, 1, 3);
   }
 
   // Keys [at, end) one after another; weights and values of a chunk begin anew.
@@ -194,7 +201,7 @@ class Tile {
     }
     const float old = chunk.maximum[i];
     const float found = across(top, [](Vec a, Vec b) { return max(a, b); })[0];
-    const float maximum = old > found ? old : found, base = maximum == kLowest ? 0.0f : maximum;
+    const float maximum = found > old + kSlack ? found : old, base = maximum == kLowest ? 0.0f : maximum;
     Vec sum{};
     for (int v = 0; v < kBlockVecs; ++v) {
       const Vec weight = v < vecs ? weight_of(x[v] - base) : Vec{};

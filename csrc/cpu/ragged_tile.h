@@ -8,7 +8,7 @@ namespace exeunt::cpu {
 
 constexpr int64_t kTileVectors = 32;  // query vectors (queries x heads of a group) that share a read of the keys
 constexpr int64_t kStepKeys = 32;     // keys of one step of the online softmax: two such blocks lie in L1
-constexpr int64_t kChunkKeys = 512;   // keys of one partial result; counted from kv_start: bits depend on it alone
+constexpr int64_t kChunkKeys = 1024;  // keys of one partial result; counted from kv_start: bits depend on it alone
 
 // Some query vectors of one entry and one key head, over some chunks of keys. Vector i is query i / group of the entry,
 // head i % group of the group.

@@ -21,7 +21,7 @@ on_every_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b 
 
 
 CASES = {
-    "decode": dict(lengths=(70, 1, 513, 64, 1100), queries=(1,) * 5),
+    "decode": dict(lengths=(70, 1, 513, 64, 1100, 2049), queries=(1,) * 6),
     "left-padded": dict(lengths=(70, 200, 65), queries=(1, 3, 1), start=(3, 130, 65)),
     "rows in any order, one twice": dict(lengths=(70, 33, 12), queries=(2, 1, 2), rows=[3, 0, 3]),
     "no query for a row": dict(lengths=(5, 9, 7), queries=(0, 2, 0)),
@@ -101,6 +101,17 @@ def test_a_row_has_the_same_bits_in_any_batch(backend, dtype):
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rise", [0.0625, 0.25, 0.5, 2.0, 32.0, -0.25, -32.0])
+def test_scores_that_rise_from_key_to_key(backend, dtype, rise):
+    """Sums are shrunk where a maximum rises by much; little rises add up, and great ones must not overflow."""
+    args, options = inputs(dtype, lengths=(1100,), queries=(2,), heads=4, kv_heads=2, size=64)
+    q, keys = args[:2]
+    q.zero_()[..., 0], keys[..., 0] = 8.0, torch.arange(keys.shape[2]) * rise  # scores: exactly these
+    assert_close(ops.ragged_attention(*args, **options), args, options)
+
+
+@on_every_backend
 @pytest.mark.parametrize("window", [None, 7000])
 def test_a_task_of_many_chunks(backend, window):
     """Threads split a long row; each does some chunks at once, and the last of them fewer."""
@@ -119,11 +130,11 @@ def test_a_task_of_many_chunks(backend, window):
 def test_one_token_alone_has_the_bits_that_it_has_among_others(backend, dtype):
     if backend in ("emulated", "cuda"):
         pytest.skip("other shapes of tiles serve many queries")
-    args, _ = inputs(dtype, lengths=(700,), queries=(9,), heads=8, kv_heads=2, size=64)
+    args, _ = inputs(dtype, lengths=(1100,), queries=(9,), heads=8, kv_heads=2, size=64)
     q, keys, values, _, row, _ = args
     together = ops.ragged_attention(*args)
     for i in range(9):
-        got = ops.ragged_attention(q[i : i + 1], keys, values, torch.tensor([0, 1]), row, torch.tensor([692 + i]))
+        got = ops.ragged_attention(q[i : i + 1], keys, values, torch.tensor([0, 1]), row, torch.tensor([1092 + i]))
         assert torch.equal(got, together[i : i + 1])
 
 
@@ -298,7 +309,7 @@ def test_last_page_edge(backend):
 
 @on_every_backend
 def test_causal_edge_and_chunk_edges(backend):
-    for length in (31, 32, 33, 63, 64, 65, 512, 513):
+    for length in (31, 32, 33, 63, 64, 65, 1024, 1025):
         assert seen_keys(lengths=(length,), queries=(2,)) == [set(range(length - 1)), set(range(length))]
 
 
