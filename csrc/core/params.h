@@ -114,9 +114,9 @@ struct SmallHeadParams {
 // table that ops/kv_stack.py writes, so only 64-bit fields.
 struct KvLayer {
   const void *norm_weight, *norm_bias;  // [D]
-  const void* key;                      // [Hkv, Dh, D]
-  int64_t key_head, key_row;
-  const void* value;  // [Hkv, Dh, D]
+  const void* key;                      // [Hkv, Dh, D]; strides in bytes
+  int64_t key_head, key_row;            // packed: from a tile of rows to the next
+  const void* value;                    // [Hkv, Dh, D]
   int64_t value_head, value_row;
   const void *key_bias, *value_bias;  // [Hkv, Dh]
   int64_t key_bias_head, value_bias_head;
@@ -152,6 +152,7 @@ struct KvFillParams {
   float key_eps;
   float shift;  // added to norm weights (Gemma: 1)
   bool interleaved;
+  bool packed;  // projections lie in tiles, each head as a packed WeightArg (CPU)
 
   const KvLayer* layers;   // [until]
   const KvPlace* places;   // [until]

@@ -82,7 +82,9 @@ void kv_fill_head(const KvHeadArgs& a) {
   const char* data = static_cast<const char*>(a.keys ? layer.key : layer.value);
   const int64_t head_stride = a.keys ? layer.key_head : layer.value_head;
   const int64_t row_stride = a.keys ? layer.key_row : layer.value_row;
-  const WeightArg weight{data + a.head * head_stride, p.dtype, false, kTile * row_stride, row_stride, kLine, nullptr};
+  const WeightArg lying{data + a.head * head_stride, p.dtype, false, kTile * row_stride, row_stride, kLine, nullptr};
+  const WeightArg tiles{data + a.head * head_stride, p.dtype, true, row_stride, kLine, kTile * kLine, nullptr};
+  const WeightArg weight = p.packed ? tiles : lying;
   const void* bias = a.keys ? layer.key_bias : layer.value_bias;
   const int64_t bias_at = a.head * (a.keys ? layer.key_bias_head : layer.value_bias_head);
   void* out = a.keys ? place.keys : place.values;

@@ -190,6 +190,8 @@ def _check(
             raise ValueError(f"kv_fill: {name} must be [{count}] int64, got {[*t.shape]} {t.dtype}")
         if t.device != stack.device:
             raise ValueError(f"kv_fill: {name} must be on {stack.device} like the stack, got {t.device}")
+    if stack.stale:
+        raise ValueError("kv_fill: expected projections as they were when packed, got some that were changed in place")
     if cache.kind != stack.kind:
         raise ValueError(
             f"kv_fill: expected a cache that fits {stack} on {stack.device}, got {cache} on {cache.device}"

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exeunt.memory import zeros_on_huge_pages
 from exeunt.ops import _backend
 from exeunt.ops._backend import DTYPES, NORMS, pointer
+from exeunt.ops.packed_head import in_tiles
 
 __all__ = ["KVCache", "KVLayer", "KVStack"]
 
@@ -44,8 +46,9 @@ class KVLayer:
 class KVStack:
     """Norms and key / value projections of all layers of a model, for :func:`exeunt.ops.kv_fill`.
 
-    Nothing is copied: it is a table of addresses of the model's own parameters, so a weight that is changed in place is
-    used as it is now. A parameter that is *replaced* by another tensor needs another stack.
+    It is a table of addresses of the model's own parameters, so a weight that is changed in place is used as it is now.
+    A parameter that is *replaced* by another tensor needs another stack. Nothing is copied unless ``packed`` asks for
+    it.
 
     Parameters
     ----------
@@ -63,6 +66,10 @@ class KVStack:
         Added to the weights of both norms (Gemma's ``1 + w``: 1.0).
     interleaved : bool, default False
         Rotary pairs are neighbours (GPT-J, Cohere), not half the table apart.
+    packed : bool, default False
+        On CPU, read a copy of the projections whose rows lie as in a :class:`PackedHead`, which memory serves faster
+        (``docs/kernels.md`` has figures); the results have the same bits. ``nbytes`` says what it costs. A projection
+        that is changed in place then needs another stack, too: :func:`kv_fill` refuses this one.
 
     Raises
     ------
@@ -88,6 +95,7 @@ class KVStack:
         key_eps: float = 1e-6,
         shift: float = 0.0,
         interleaved: bool = False,
+        packed: bool = False,
     ) -> None:
         if not layers:
             raise ValueError("KVStack: expected at least one layer, got none")
@@ -108,6 +116,8 @@ class KVStack:
         self.kind = len(self.layers), self.heads, self.head_size, self.dtype, self.device
         for index, layer in enumerate(self.layers):
             self._check(index, layer)
+        self._copy = self._packed() if packed else None
+        self._versions = self._current_versions() if packed else ()
 
     def _check(self, index: int, layer: KVLayer) -> None:
         heads, size, width = self.heads, self.head_size, self.width
@@ -143,10 +153,38 @@ class KVStack:
         sizes = f"D={self.width}, Hkv={self.heads}, Dh={self.head_size}, {self.dtype}"
         return f"KVStack({len(self)} layers, {sizes})"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that packed projections take; 0 where nothing is copied."""
+        return 0 if self._copy is None else self._copy.nbytes
+
+    @property
+    def stale(self) -> bool:
+        """Whether a projection was changed in place after it was packed."""
+        return self._copy is not None and self._current_versions() != self._versions
+
+    def _packed(self) -> Tensor:
+        """[L, 2, Hkv, tiles, lines, 16, elements of a line]: keys and values, in the order in which they are read."""
+        if self.device.type != "cpu":
+            raise ValueError(f"KVStack: packed needs weights on cpu, got {self.device}")
+        with torch.no_grad():
+            first = in_tiles(self.layers[0].key)
+            copy = zeros_on_huge_pages((len(self), 2, *first.shape), self.dtype)
+            for own, layer in zip(copy, self.layers, strict=True):
+                own[0], own[1] = in_tiles(layer.key), in_tiles(layer.value)
+        return copy
+
+    def _current_versions(self) -> tuple[int, ...]:
+        weights = (t for layer in self.layers for t in (layer.key, layer.value))
+        return tuple(0 if t.is_inference() else t._version for t in weights)
+
     @cached_property
     def table(self) -> Tensor:
         """[L, 14] int64 on the stack's device: a ``KvLayer`` of csrc/core/params.h a row."""
-        return torch.tensor([_fields(layer) for layer in self.layers], dtype=torch.int64, device=self.device)
+        lying = [(layer.key, layer.value) for layer in self.layers]
+        projections = lying if self._copy is None else self._copy
+        fields = [_fields(layer, *own) for layer, own in zip(self.layers, projections, strict=True)]
+        return torch.tensor(fields, dtype=torch.int64, device=self.device)
 
     @cached_property
     def kernel(self) -> Any:
@@ -156,11 +194,12 @@ class KVStack:
             return None
         return kernels.KvFill(
             self.width, self.heads, self.head_size, DTYPES[self.dtype], NORMS[self.norm], self.eps,
-            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, len(self), self.table.data_ptr(),
+            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, self._copy is not None,
+            len(self), self.table.data_ptr(),
         )  # fmt: skip
 
 
-def _fields(layer: KVLayer) -> list[int]:
+def _fields(layer: KVLayer, key: Tensor, value: Tensor) -> list[int]:
     def strides(weight: Tensor) -> tuple[int, int]:
         return weight.stride(0) * weight.element_size(), weight.stride(1) * weight.element_size()
 
@@ -169,7 +208,7 @@ def _fields(layer: KVLayer) -> list[int]:
 
     return [
         pointer(layer.norm_weight), pointer(layer.norm_bias),
-        pointer(layer.key), *strides(layer.key), pointer(layer.value), *strides(layer.value),
+        pointer(key), *strides(key), pointer(value), *strides(value),
         pointer(layer.key_bias), pointer(layer.value_bias), head_stride(layer.key_bias), head_stride(layer.value_bias),
         pointer(layer.key_norm), head_stride(layer.key_norm),
     ]  # fmt: skip

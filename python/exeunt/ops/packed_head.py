@@ -77,11 +77,8 @@ class PackedHead:
                     scale = rows.abs().amax(1) / 127
                     self.scale[start : start + len(rows)] = scale
                     rows = (rows / scale.clamp_min(1e-38)[:, None]).round() + 128
-                count = -(-len(rows) // _TILE)
-                padded = torch.zeros(count * _TILE, lines * per_line, dtype=stored)
-                padded[: len(rows), :d] = rows
-                first = start // _TILE
-                self.data[first : first + count] = padded.view(count, _TILE, lines, per_line).transpose(1, 2)
+                packed = in_tiles(rows.to(stored))
+                self.data[start // _TILE :][: len(packed)] = packed
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +97,16 @@ class PackedHead:
                 "PackedHead: its weight must be as it was when packed, but it was changed in place since "
                 f"(version {source._version}, packed at {self._version}): pack it again"
             )
+
+
+def in_tiles(rows: Tensor) -> Tensor:
+    """[..., n, D] -> [..., tiles, lines, 16, elements of a line]: rows as the CPU kernels read them, padded with zeros."""
+    *outer, n, d = rows.shape
+    per_line = _LINE // rows.element_size()
+    tiles, lines = -(-n // _TILE), -(-d // per_line)
+    padded = rows.new_zeros(*outer, tiles * _TILE, lines * per_line)
+    padded[..., :n, :d] = rows
+    return padded.view(*outer, tiles, _TILE, lines, per_line).transpose(-3, -2)
 
 
 def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) -> Tensor:
