@@ -159,7 +159,7 @@ template <class K>
 struct VectorProduct {
   using Sum = typename K::Sum;
   static constexpr int64_t kRows = kMaxRows / K::kPlanes;
-  static void begin() {}
+  static void begin(int64_t) {}
   static void end() {}
   static int tiles(int64_t, bool) { return 1; }
 
@@ -382,7 +382,7 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
   with_product(stream.weight.dtype, [&](auto product) {
     const int together = product.tiles(rows, stream.weight.packed);
     const int64_t panel = panel_bytes(stream.weight.dtype, stream.width) / kMostTiles;
-    product.begin();
+    product.begin(x.rows);
     for (int64_t at = begin; at < end;) {
       Tile tiles[kMostTiles];
       int count = 0;
