@@ -1,8 +1,8 @@
 """kv_fill beside a torch loop over the layers and beside the machine's floor: `pytest benchmarks/bench_kv_fill.py`.
 
 A stack is that of a model of a billion parameters: 16 layers, D=2048, 8 heads of 64, all of them skipped. The sides
-of a case run in turns: kv_fill for n tokens at once, the same tokens one by one, and what a torch user writes for each
-layer (norm, two projections, rotary embedding, into the cache). There are as many stacks as fill 1 GB, and a side goes
+of a case run in turns: kv_fill for n tokens at once, over the model's own weights and over packed ones, the same tokens
+one by one, and what a torch user writes for each layer (norm, two projections, rotary embedding, into the cache). There are as many stacks as fill 1 GB, and a side goes
 through all of them three times in a row: no side finds its weights in a processor's cache, and what Python brings along
 is as warm as it is between steps. They fill one cache, on huge pages as exeunt's own.
 
@@ -48,7 +48,7 @@ def make_stack(dtype, pages):
         exeunt.huge_pages(torch.nn.ParameterList(weights))
     ones = torch.ones(D, dtype=dtype)
     layers = [KVLayer(*weights[2 * i : 2 * i + 2], norm_weight=ones) for i in range(LAYERS)]
-    return KVStack(layers, norm="rms", eps=1e-5)
+    return KVStack(layers, norm="rms", eps=1e-5), KVStack(layers, norm="rms", eps=1e-5, packed=True)
 
 
 def torch_loop(hidden, rows, slots, stack, keys, values, rotary):
@@ -75,25 +75,26 @@ def test_kv_fill(benchmark, library, dtype, n, pages):
     places = torch.zeros(n, dtype=torch.int64), torch.arange(n) % 8, torch.arange(n) // 8
     rotary = tuple(torch.randn(2, n, SIZE).to(kind))
 
-    def fill(stack, rows=slice(None)):
-        pair = rotary[0][rows], rotary[1][rows]
+    def fill(stack, rows=slice(None), packed=False):
+        tables = rotary[0][rows], rotary[1][rows]
         own = hidden[rows], *(t[rows] for t in places)
         start = time.perf_counter()
-        kv_fill(*own, stack, cache, rotary=pair)
+        kv_fill(*own, stack[packed], cache, rotary=tables)
         return time.perf_counter() - start
 
     def loop(stack):
         start = time.perf_counter()
-        torch_loop(hidden, *places[1:], stack, keys, values, rotary)
+        torch_loop(hidden, *places[1:], stack[0], keys, values, rotary)
         return time.perf_counter() - start
 
     def read(stack, rate_of):
-        weights = [weight for own in stack.layers for weight in (own.key, own.value)]
+        weights = [weight for own in stack[0].layers for weight in (own.key, own.value)]
         return sum(w.nbytes / rate_of(w) / 1e9 for w in weights)
 
     threads = torch.get_num_threads()
     sides = {
         "kv_fill": fill,
+        "packed": lambda stack: fill(stack, packed=True),
         "one by one": lambda stack: sum(fill(stack, slice(i, i + 1)) for i in range(n)),
         "torch": loop,
         "floor in tiles": lambda stack: read(

@@ -117,7 +117,9 @@ class KVStack:
         for index, layer in enumerate(self.layers):
             self._check(index, layer)
         self._copy = self._packed() if packed else None
-        self._versions = self._current_versions() if packed else ()
+        weights = [t for layer in self.layers for t in (layer.key, layer.value)] if packed else []
+        self._packed_from = [t for t in weights if not t.is_inference()]  # those that have a version
+        self._versions = [t._version for t in self._packed_from]
 
     def _check(self, index: int, layer: KVLayer) -> None:
         heads, size, width = self.heads, self.head_size, self.width
@@ -161,7 +163,7 @@ class KVStack:
     @property
     def stale(self) -> bool:
         """Whether a projection was changed in place after it was packed."""
-        return self._copy is not None and self._current_versions() != self._versions
+        return [t._version for t in self._packed_from] != self._versions
 
     def _packed(self) -> Tensor:
         """[L, 2, Hkv, tiles, lines, 16, elements of a line]: keys and values, in the order in which they are read."""
@@ -173,10 +175,6 @@ class KVStack:
             for own, layer in zip(copy, self.layers, strict=True):
                 own[0], own[1] = in_tiles(layer.key), in_tiles(layer.value)
         return copy
-
-    def _current_versions(self) -> tuple[int, ...]:
-        weights = (t for layer in self.layers for t in (layer.key, layer.value))
-        return tuple(0 if t.is_inference() else t._version for t in weights)
 
     @cached_property
     def table(self) -> Tensor:
