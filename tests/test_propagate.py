@@ -168,7 +168,7 @@ class Synchronisations(TorchDispatchMode):
 @pytest.mark.parametrize("confidence", ["margin", "saturation"])
 def test_each_exit_point_waits_for_the_device_once(model, confidence, lazy, monkeypatch):
     # As on a device without kv_fill: on CPU it reads its row lists, which there is no waiting.
-    monkeypatch.setattr(KeyValueWeights, "find", staticmethod(lambda structure: None))
+    monkeypatch.setattr(KeyValueWeights, "find", staticmethod(lambda structure, packed: None))
     ids = torch.tensor([[5], [9], [70], [130]])
 
     def waits():
@@ -260,6 +260,25 @@ def test_replaced_weights_are_used_at_once(model):
         assert report.captures == 0  # still kv_fill, on the new weights
     torch.testing.assert_close(after[4][:, :, -1], before[4][:, :, -1] * 3, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after[5][:, :, -1], before[5][:, :, -1] * 2, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_projections_follow_the_model(model):
+    model = copy.deepcopy(model)
+    attention = model.model.layers[4].self_attn
+    packed = dataclasses.replace(recipe_of([1], 0.0, True), state=Propagate(lazy=True, packed=True))
+    with exeunt.attach(model, recipe_of([1], 0.0, True)) as early:
+        logits, keys, _ = run(model, early)
+    with exeunt.attach(model, packed) as early:
+        same, before, _ = run(model, early)
+        assert torch.equal(same, logits) and all(map(torch.equal, before, keys))
+        with torch.no_grad():
+            attention.k_proj.weight.mul_(2)
+        _, after, _ = run(model, early)
+        attention.k_proj.weight.data = attention.k_proj.weight.data * 2
+        _, later, report = run(model, early)
+        assert report.captures == 0
+    for kind, times in ((after, 2), (later, 4)):
+        torch.testing.assert_close(kind[4][:, :, -1], before[4][:, :, -1] * times, rtol=1e-4, atol=1e-4)
 
 
 class Adapter(torch.nn.Module):

@@ -121,7 +121,7 @@ class Attached(Plug):
                 f"strategy Defer, got {type(recipe.state).__name__}"
             )
         self._points = ExitPoints(self.structure, recipe)
-        self._weights = KeyValueWeights.find(self.structure)
+        self._weights = KeyValueWeights.find(self.structure, packed=getattr(recipe.state, "packed", False))
         self._graphs = Graphs.of(self.structure, recipe)
         self._local = _UnderWay()
         self.reset_report()

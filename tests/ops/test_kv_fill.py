@@ -105,6 +105,30 @@ def test_matches_the_reference(backend, n, kind, dtype):
     assert_close(fill(ops, kv, given, n), exact, kv)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 9, 20, 70])
+def test_packed_projections_give_the_same_bits(isa, n, kind, dtype):
+    facts = dict(KINDS[kind])
+    rotary = facts.pop("rotary", 0)
+    lying, packed = stack(dtype, **facts), stack(dtype, packed=True, **facts)
+    given = inputs(lying, n, rotary)
+    assert torch.equal(fill(ops, packed, given, n), fill(ops, lying, given, n))
+
+
+def test_packed_projections_that_have_changed_are_refused():
+    kv = stack(torch.bfloat16, packed=True)
+    weights = sum(t.nbytes for layer in kv.layers for t in (layer.key, layer.value))
+    assert kv.nbytes == weights and stack(torch.bfloat16).nbytes == 0
+    given = inputs(kv, 2)
+    fill(ops, kv, given, 2)
+    kv.layers[-1].value.mul_(2)
+    with pytest.raises(ValueError, match="^kv_fill: expected projections as they were when packed"):
+        fill(ops, kv, given, 2)
+    kv = KVStack(kv.layers, norm="rms", packed=True)
+    assert torch.equal(fill(ops, kv, given, 2), fill(ops, KVStack(kv.layers, norm="rms"), given, 2))
+
+
 def test_many_packed_rows_go_in_groups(backend):
     """More of them than are kept at a time: layers go in several groups on the CPU."""
     kv = stack(torch.float32, width=1500, heads=1)
@@ -297,6 +321,7 @@ def test_bad_caches_get_one_sentence(sentence, keys, values):
         ("value of layer 0 must be torch.float32", [KVLayer(torch.ones(1, 2, 4), torch.ones(1, 2, 4).half())], {}),
         ("must be float32, bfloat16 or float16", [KVLayer(torch.ones(1, 2, 4).int(), torch.ones(1, 2, 4))], {}),
         ("unit stride", [KVLayer(torch.ones(1, 4, 4).mT, torch.ones(1, 4, 4))], {}),
+        ("packed needs weights on cpu", [KVLayer(*(torch.ones(1, 2, 4, device="meta"),) * 2)], dict(packed=True)),
         ("key_norm weight exactly", [KVLayer(torch.ones(1, 2, 4), torch.ones(1, 2, 4))], dict(key_norm="rms")),
     ],
 )

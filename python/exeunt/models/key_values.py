@@ -78,18 +78,22 @@ class KeyValueWeights:
     """
 
     def __init__(
-        self, layers: tuple[nn.Module, ...], facts: _Facts, rotates: tuple[bool, ...], head: tuple[int, int]
-    ) -> None:
+        self, layers: tuple[nn.Module, ...], facts: _Facts, rotates: tuple[bool, ...], head: tuple[int, int],
+        packed: bool,
+    ) -> None:  # fmt: skip
         self.rotates = rotates
-        self._layers, self._facts, self._head = layers, facts, head
+        self._layers, self._facts, self._head, self._packed = layers, facts, head, packed
         self._renew()
 
     @staticmethod
     @torch.no_grad()
-    def find(structure: Any) -> KeyValueWeights | None:
-        """The weights of a model; None where no reading of its modules gives the keys and values that it computes."""
+    def find(structure: Any, packed: bool = False) -> KeyValueWeights | None:
+        """The weights of a model, packed or as they lie; None where no reading of its modules gives the keys and values
+        that it computes."""
         model, layers = structure.model, structure.layers
         weight = structure.weight
+        if packed and weight.device.type != "cpu":
+            raise ValueError(f"attach: Propagate(packed=True) needs a model on cpu, got {weight.device}")
         if getattr(kernels(weight.device), "KvFill", None) is None:
             return None
         if weight.dtype not in DTYPES or len(set(layers)) < len(layers):
@@ -109,7 +113,7 @@ class KeyValueWeights:
                     break
                 rotates.append(turned)
             else:
-                return KeyValueWeights(layers, facts, tuple(rotates), head)
+                return KeyValueWeights(layers, facts, tuple(rotates), head, packed)
         return None
 
     def current(self) -> KVStack | None:
@@ -117,7 +121,7 @@ class KeyValueWeights:
         same = all(m.get(name) is child for m, name, child in self._children) and all(
             p.get(name) is value and value.data_ptr() == address for p, name, value, address in self._values
         )
-        if not same:
+        if not same or (self._stack is not None and self._stack.stale):
             self._renew()
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self._modules):
             return None
@@ -127,7 +131,7 @@ class KeyValueWeights:
         parts = [p for p in map(_parts, self._layers) if p is not None]
         layers = [built for p in parts if (built := _layer_of(p, self._facts, *self._head)) is not None]
         complete = len(layers) == len(self._layers)
-        self._stack = _stack_of(layers, parts, self._facts) if complete else None
+        self._stack = _stack_of(layers, parts, self._facts, self._packed) if complete else None
         self._modules = [m for p in parts for m in p.modules]
         self._values = [(m._parameters, name, p, p.data_ptr())
                         for m in self._modules for name, p in m._parameters.items() if p is not None]  # fmt: skip
@@ -244,7 +248,9 @@ def _layer_of(parts: _Parts, facts: _Facts, heads: int, size: int) -> KVLayer | 
     )  # fmt: skip
 
 
-def _stack_of(layers: list[KVLayer], parts: list[_Parts], facts: _Facts) -> KVStack | None:
+def _stack_of(
+    layers: list[KVLayer], parts: list[_Parts], facts: _Facts, packed: bool = False
+) -> KVStack | None:
     """A stack of such layers; None where they differ in what kv_fill takes as one."""
     eps = {eps_of(p.norm) or 0.0 for p in parts}
     key_eps = {eps_of(p.key_norm) or 0.0 for p in parts}
@@ -253,7 +259,7 @@ def _stack_of(layers: list[KVLayer], parts: list[_Parts], facts: _Facts) -> KVSt
     try:
         return KVStack(
             layers, norm=facts.norm, eps=eps.pop(), key_norm=facts.key_norm, key_eps=key_eps.pop(), shift=facts.shift,
-            interleaved=facts.interleaved,
+            interleaved=facts.interleaved, packed=packed,
         )  # fmt: skip
     except (ValueError, TypeError):
         return None
