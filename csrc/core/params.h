@@ -20,6 +20,7 @@ struct VectorArg {
 //   as it lies   row_stride apart, lines of a row side by side (line_stride 64); the last line may be short
 //   packed       [V / 16][lines][16][64]: the tile's rows of one line side by side (row_stride 64, line_stride 1024);
 //                D is padded to full lines and V to full tiles
+//   turned       packed, with units of 4 bytes of the rows side by side, [V / 16][lines][16 units][16 rows]
 struct WeightArg {
   const void* data;
   DType dtype;
@@ -27,6 +28,9 @@ struct WeightArg {
   int64_t tile_stride, row_stride, line_stride;
   const float* scale;  // [V], int8 and float8_e4m3 only
 };
+
+// What is packed so: it always meets vector registers, whose lanes are the rows. Tile registers take rows as they are.
+inline bool packed_turned(DType dtype) { return dtype == DType::float32 || dtype == DType::float16; }
 
 enum class Activation : int32_t { none = 0, tanh = 1, relu = 2, sigmoid = 3 };
 

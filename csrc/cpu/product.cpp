@@ -2,6 +2,7 @@
 // tile registers, two: product_amx.inc).
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
+//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how float32 and float16 are packed
 //   unit             four bytes of a weight row: one float32, two halves, four int8
 //   number           what a product multiplies, four bytes as well: a unit, or one float of those that it widens to
 //                    (product_kinds.h)
@@ -12,11 +13,14 @@
 //
 // Up to kFew hidden rows                                 More of them
 //   lanes         16 weight rows: a line is turned,        hidden rows: packed kLanes side by side, number by number
-//                 16 rows x 16 units -> 16 x 16
+//                 unless it was packed so                  (a turned line is turned back)
 //   registers     R rows x 16 columns of sums; each load   W weight rows x H vectors of hidden rows; each load of a
 //                 of a unit serves R rows                  vector serves W weight rows
 //   spread        numbers of a hidden row                  numbers of a weight row
 //   costs         the turn, as much as 8 rows' products    lanes that no row fills
+//   tiles         two of a packed weight in turns, if      one
+//                 their sums are few: memory gives more
+//                 to two streams than to one
 //
 // Bits: every (row, weight row) product is a sum over blocks of D of sums in its order, whichever way lanes run and
 // wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
@@ -56,6 +60,7 @@ struct Tile {
   const char *data, *next;
   int64_t row_stride, line_stride;
   int64_t lines;
+  bool turned;
   const float* scale;  // [16], int8 only
   int64_t at;          // its first row in the stream
   int count;
@@ -74,7 +79,8 @@ Tile tile_of(const Stream& s, int64_t at, int64_t end, int together, char* panel
   const char* data = base + at / kTile * w.tile_stride;
   const int64_t after = at / kTile + together - (end + kTile - 1) / kTile;  // tiles from the end to the next one
   const char* next = after >= 0 && s.next ? s.next + after * w.tile_stride : data + together * w.tile_stride;
-  Tile tile{data, next, w.row_stride, w.line_stride, lines, w.scale ? w.scale + at : nullptr, at, count};
+  const bool turned = w.packed && packed_turned(w.dtype);
+  Tile tile{data, next, w.row_stride, w.line_stride, lines, turned, w.scale ? w.scale + at : nullptr, at, count};
   if (!s.columns && (w.packed || (count == kTile && bytes % kLine == 0))) return tile;
   float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
   for (int i = 0; i < count; ++i) {
@@ -82,7 +88,10 @@ Tile tile_of(const Stream& s, int64_t at, int64_t end, int together, char* panel
     const char* from = base + v / kTile * w.tile_stride + v % kTile * w.row_stride;
     char* to = panel + i * kLine;
     for (int64_t l = 0; l < lines; ++l, from += w.line_stride, to += kTile * kLine) {
-      if (w.packed || bytes - l * kLine >= kLine) {
+      if (turned) {
+        const char* unit = from - v % kTile * (w.row_stride - kUnit);
+        for (int u = 0; u < kTile; ++u) __builtin_memcpy(to + u * kUnit, unit + u * kLine, kUnit);
+      } else if (w.packed || bytes - l * kLine >= kLine) {
         __builtin_memcpy(to, from, kLine);
       } else {
         __builtin_memset(to, 0, kLine);
@@ -96,6 +105,7 @@ Tile tile_of(const Stream& s, int64_t at, int64_t end, int together, char* panel
   tile.data = panel;
   tile.row_stride = kLine;
   tile.line_stride = kTile * kLine;
+  tile.turned = false;
   if (w.scale) tile.scale = scale;
   return tile;
 }
@@ -141,17 +151,14 @@ EXEUNT_INLINE Vec spread(const char* p) {
   }
 }
 
-// One line of a tile: [16 rows][16 units] -> [16 units][16 rows], as K keeps it. Not inlined: it needs all registers.
-template <class K>
-[[gnu::noinline]] static void turn_line(const char* from, int64_t row_stride, Vec* to) {
-  constexpr int kUnit = K::kNumbers / K::kChains * K::kSums, kVecs = kTile / kLanes;
-  for (int rows = 0; rows < kVecs; ++rows)
-    for (int units = 0; units < kVecs; ++units) {
+// One line of a tile: [16 rows][16 units] -> [16 units][16 rows], or back. Not inlined: it needs all registers.
+[[gnu::noinline]] static void turn_line(const char* from, int64_t row_stride, char* to) {
+  for (int rows = 0; rows < kTile; rows += kLanes)
+    for (int units = 0; units < kTile; units += kLanes) {
       UVec v[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        __builtin_memcpy(v + i, from + (rows * kLanes + i) * row_stride + units * kLanes * 4, sizeof v[i]);
+      for (int i = 0; i < kLanes; ++i) __builtin_memcpy(v + i, from + (rows + i) * row_stride + units * kUnit, sizeof v[i]);
       transpose(v);
-      for (int i = 0; i < kLanes; ++i) K::turned(v[i], to + (units * kLanes + i) * kUnit + rows * (K::kSums / kVecs));
+      for (int i = 0; i < kLanes; ++i) __builtin_memcpy(to + (units + i) * kLine + rows * kUnit, v + i, sizeof v[i]);
     }
 }
 
@@ -161,7 +168,9 @@ struct VectorProduct {
   static constexpr int64_t kRows = kMaxRows / K::kPlanes;
   static void begin(int64_t) {}
   static void end() {}
-  static int tiles(int64_t, bool) { return 1; }
+  static int tiles(int64_t rows, bool packed) {
+    return packed && rows * K::kPlanes <= kFew && two_of(group_of(rows * K::kPlanes)) ? 2 : 1;
+  }
 
   EXEUNT_INLINE int64_t rows_bytes(int64_t rows, int64_t lines) {
     const int64_t size = group_of(rows * K::kPlanes);
@@ -188,21 +197,21 @@ struct VectorProduct {
         }
   }
 
-  static void run(const Tile* tile, int, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
-    alignas(64) float z[kMaxRows + kLanes][kTile];
+  static void run(const Tile* tiles, int count, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
+    alignas(64) float z[2][kMaxRows + kLanes][kTile];
     const int64_t all = rows * K::kPlanes;
-    const char* data = x.data + first * K::kPlanes * row_bytes(tile->lines);
+    const char* data = x.data + first * K::kPlanes * row_bytes(tiles->lines);
     if (x.rows * K::kPlanes > kFew)
-      many(*tile, data, all, z);
+      many(*tiles, data, all, *z);
     else if (kFew == 8 && group_of(all) == 8)
-      few<kFew>(*tile, data, z);
+      few_of<kFew>(tiles, count, data, z);
     else if (group_of(all) == 4)
-      few<4>(*tile, data, z);
+      few_of<4>(tiles, count, data, z);
     else if (group_of(all) == 2)
-      few<2>(*tile, data, z);
+      few_of<2>(tiles, count, data, z);
     else
-      few<1>(*tile, data, z);
-    hand_over<K>(*tile, x, first, rows, z, epilogue, kFar);
+      few_of<1>(tiles, count, data, z);
+    for (int t = 0; t < count; ++t) hand_over<K>(tiles[t], x, first, rows, z[t], epilogue, kFar / count);
   }
 
  private:
@@ -217,36 +226,61 @@ struct VectorProduct {
     return all > kFew ? kLanes : all > 4 ? 8 : all > 2 ? 4 : all > 1 ? 2 : 1;
   }
 
-  // R packed rows, lanes along the tile's 16 weight rows. A line is turned, then multiplied.
+  // Whether sums of R packed rows leave registers for a second tile's.
+  static constexpr bool two_of(int64_t r) { return r * K::kSums <= 4; }
+
   template <int R>
-  EXEUNT_INLINE void few(const Tile& tile, const char* x, float (*z)[kTile]) {
-    constexpr int kSteps = K::kNumbers / K::kChains;
-    alignas(64) Vec line[kUnits * kSteps * K::kSums];
-    Sum sums[R][K::kSums] = {};
-    for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
-      Sum sum[R][K::kSums] = {};
-      for (int64_t l = begin; l < begin + kBlockLines && l < tile.lines; ++l) {
-        const char *far = line_of(tile, l + kFar), *near = line_of(tile, l + kNear);
-        turn_line<K>(tile.data + l * tile.line_stride, tile.row_stride, line);
-        const Vec* w = line;
-        for (int64_t u = 0; u < kUnits; ++u, far += tile.row_stride, near += tile.row_stride) {
-          __builtin_prefetch(far, 0, 2);
-          __builtin_prefetch(near, 0, 3);
-          for (int step = 0; step < kSteps; ++step, x += R * K::kChains * kNumber, w += K::kSums)
-            for (int r = 0; r < R; ++r) {
-              const Vec number = spread<K::kChains>(x + r * K::kChains * kNumber);
-              for (int i = 0; i < K::kSums; ++i) K::add(sum[r][i], w[i], number);
+  EXEUNT_INLINE void few_of(const Tile* tiles, int count, const char* x, float (*z)[kMaxRows + kLanes][kTile]) {
+    if constexpr (two_of(R)) {
+      if (count == 2) return few<R, 2>(tiles, x, z);
+    }
+    few<R, 1>(tiles, x, z);
+  }
+
+  // R packed rows and T tiles in turns, lanes along a tile's 16 weight rows.
+  template <int R, int T>
+  EXEUNT_INLINE void few(const Tile* tiles, const char* x, float (*z)[kMaxRows + kLanes][kTile]) {
+    constexpr int kSteps = K::kNumbers / K::kChains, kVecs = kTile / kLanes;
+    alignas(64) char turned[kTile * kLine];
+    Sum sums[T][R][K::kSums] = {};
+    for (int64_t begin = 0; begin < tiles->lines; begin += kBlockLines) {
+      Sum sum[T][R][K::kSums] = {};
+      for (int64_t l = begin; l < begin + kBlockLines && l < tiles->lines; ++l, x += R * row_bytes(1))
+        for (int t = 0; t < T; ++t) {
+          const Tile& tile = tiles[t];
+          const char *far = line_of(tile, l + kFar / T), *near = line_of(tile, l + kNear / T), *number = x;
+          const char* unit = tile.data + l * tile.line_stride;
+          if (!tile.turned) {
+            turn_line(unit, tile.row_stride, turned);
+            unit = turned;
+          }
+          for (int64_t u = 0; u < kUnits; ++u, far += tile.row_stride, near += tile.row_stride, unit += kLine) {
+            __builtin_prefetch(far, 0, 2);
+            __builtin_prefetch(near, 0, 3);
+            Vec w[kSteps * K::kSums];
+            for (int v = 0; v < kVecs; ++v) {
+              UVec columns;
+              __builtin_memcpy(&columns, unit + v * kLanes * kUnit, sizeof columns);
+              K::turned(columns, w + v * (K::kSums / kVecs));
             }
+            for (int step = 0; step < kSteps; ++step)
+              for (int r = 0; r < R; ++r, number += K::kChains * kNumber) {
+                const Vec spreads = spread<K::kChains>(number);
+                for (int i = 0; i < K::kSums; ++i) K::add(sum[t][r][i], w[step * K::kSums + i], spreads);
+              }
+          }
         }
+      for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < K::kSums; ++i) sums[t][r][i] = begin ? sums[t][r][i] + sum[t][r][i] : sum[t][r][i];
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) {
+        alignas(64) float columns[K::kSums * kLanes];
+        __builtin_memcpy(columns, sums[t][r], sizeof columns);
+        for (int c = 0; c < kTile; ++c)
+          z[t][r][c] = K::kChains == 2 ? columns[2 * c] + columns[2 * c + 1] : columns[c];
       }
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < K::kSums; ++i) sums[r][i] = begin ? sums[r][i] + sum[r][i] : sum[r][i];
-    }
-    for (int r = 0; r < R; ++r) {
-      alignas(64) float columns[K::kSums * kLanes];
-      __builtin_memcpy(columns, sums[r], sizeof columns);
-      for (int c = 0; c < kTile; ++c) z[r][c] = K::kChains == 2 ? columns[2 * c] + columns[2 * c + 1] : columns[c];
-    }
   }
 
   // More packed rows, kLanes of them in a vector. A block of D of the tile goes through all of them, in passes.
@@ -257,9 +291,13 @@ struct VectorProduct {
     const int64_t passes = vecs * kTile * K::kChains / kSumRegisters;
     for (int64_t begin = 0; begin < tile.lines; begin += kBlockLines) {
       const int64_t lines = tile.lines - begin < kBlockLines ? tile.lines - begin : kBlockLines;
-      for (int64_t l = 0; l < lines; ++l)
+      for (int64_t l = 0; l < lines; ++l) {
+        alignas(64) char lying[kTile * kLine];
+        const char* line = tile.data + (begin + l) * tile.line_stride;
+        if (tile.turned) turn_line(line, kLine, lying);
         for (int w = 0; w < kTile; ++w)
-          K::widen(tile.data + (begin + l) * tile.line_stride + w * tile.row_stride, block[w] + l * kLineNumbers);
+          K::widen(tile.turned ? lying + w * kLine : line + w * tile.row_stride, block[w] + l * kLineNumbers);
+      }
       int64_t pass = 0;
       const auto add = [&](auto h, int64_t vec) __attribute__((always_inline)) {
         constexpr int H = decltype(h)::value, W = kSumRegisters / K::kChains / H;
@@ -380,7 +418,7 @@ int64_t product_rows(DType weights) {
 void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int64_t first, int64_t rows,
              Epilogue epilogue) {
   with_product(stream.weight.dtype, [&](auto product) {
-    const int together = product.tiles(rows, stream.weight.packed);
+    const int together = product.tiles(x.rows, stream.weight.packed);
     const int64_t panel = panel_bytes(stream.weight.dtype, stream.width) / kMostTiles;
     product.begin(x.rows);
     for (int64_t at = begin; at < end;) {

@@ -12,6 +12,7 @@ from exeunt.memory import zeros_on_huge_pages
 
 _TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
 _ROWS_AT_ONCE = 4096
+_TURNED = (torch.float32, torch.float16)  # units of 4 bytes side by side: packed_turned() there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -106,7 +107,14 @@ def in_tiles(rows: Tensor) -> Tensor:
     tiles, lines = -(-n // _TILE), -(-d // per_line)
     padded = rows.new_zeros(*outer, tiles * _TILE, lines * per_line)
     padded[..., :n, :d] = rows
-    return padded.view(*outer, tiles, _TILE, lines, per_line).transpose(-3, -2)
+    packed = padded.view(*outer, tiles, _TILE, lines, per_line).transpose(-3, -2)
+    return _turn(packed) if rows.dtype in _TURNED else packed
+
+
+def _turn(packed: Tensor) -> Tensor:
+    """Lines of [16 rows, 16 units] become [16 units, 16 rows], or the other way round."""
+    units = packed.unflatten(-1, (_TILE, -1))
+    return units.transpose(-3, -2).flatten(-2)
 
 
 def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) -> Tensor:
@@ -116,5 +124,6 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
     if data.dtype == torch.float8_e4m3fn:
         assert scale is not None
         return data.float() * scale[:, None]
+    data = _turn(data) if data.dtype in _TURNED else data
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
     return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]
