@@ -102,7 +102,8 @@ void kv_fill_head(const KvHeadArgs& a) {
       const char* place = static_cast<const char*>(out) + place_of(r) * bytes;
       for (int64_t at = 0; at < p.head_size * bytes; at += kLine) __builtin_prefetch(place + at, 1, 3);
     }
-    const auto epilogue = [&](int64_t at, int, float (*z)[kTile], const Ahead&) {
+    const auto epilogue = [&](int64_t at, int, float (*z)[kTile], const Ahead& ahead) {
+      for (int64_t share = 0; share < 8; ++share) ahead.fetch(share);  // for the time that the head's end will take
       for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(a.out + r * stride + at, z[r], sizeof z[r]);
     };
     const char* next = first + block < a.x.rows ? static_cast<const char*>(weight.data) : a.next;

@@ -227,7 +227,7 @@ struct VectorProduct {
   }
 
   // Whether sums of R packed rows leave registers for a second tile's.
-  static constexpr bool two_of(int64_t r) { return r * K::kSums <= 4; }
+  static constexpr bool two_of(int64_t r) { return 2 * r * K::kSums <= kSumRegisters; }
 
   template <int R>
   EXEUNT_INLINE void few_of(const Tile* tiles, int count, const char* x, float (*z)[kMaxRows + kLanes][kTile]) {
@@ -245,7 +245,10 @@ struct VectorProduct {
     Sum sums[T][R][K::kSums] = {};
     for (int64_t begin = 0; begin < tiles->lines; begin += kBlockLines) {
       Sum sum[T][R][K::kSums] = {};
-      for (int64_t l = begin; l < begin + kBlockLines && l < tiles->lines; ++l, x += R * row_bytes(1))
+      for (int64_t l = begin; l < begin + kBlockLines && l < tiles->lines; ++l, x += R * row_bytes(1)) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 2  // or the sums would be in memory
+#endif
         for (int t = 0; t < T; ++t) {
           const Tile& tile = tiles[t];
           const char *far = line_of(tile, l + kFar / T), *near = line_of(tile, l + kNear / T), *number = x;
@@ -270,6 +273,7 @@ struct VectorProduct {
               }
           }
         }
+      }
       for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r)
           for (int i = 0; i < K::kSums; ++i) sums[t][r][i] = begin ? sums[t][r][i] + sum[t][r][i] : sum[t][r][i];
