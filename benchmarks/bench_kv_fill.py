@@ -2,9 +2,10 @@
 
 A stack is that of a model of a billion parameters: 16 layers, D=2048, 8 heads of 64, all of them skipped. The sides
 of a case run in turns: kv_fill for n tokens at once, over the model's own weights and over packed ones, the same tokens
-one by one, and what a torch user writes for each layer (norm, two projections, rotary embedding, into the cache). There are as many stacks as fill 1 GB, and a side goes
-through all of them three times in a row: no side finds its weights in a processor's cache, and what Python brings along
-is as warm as it is between steps. They fill one cache, on huge pages as exeunt's own.
+one by one, and what a torch user writes for each layer (norm, two projections, rotary embedding, into the cache). There
+are as many stacks as fill 1 GB, and a side goes through all of them three times in a row: no side finds its weights in
+a processor's cache, and what Python brings along is as warm as it is between steps. They fill one cache, on huge pages
+as exeunt's own.
 
 The floor is one read of the weights, plain loads in 1, 2, 4 or 8 streams a thread, whichever is best, which goes
 through the same stacks. Weights that lie row by row can't be read so: a product takes a line of each of 16 rows in

@@ -44,7 +44,7 @@ def fills(results: dict) -> str:
         f"{setup(results)}. Floor: one read of the weights; in tiles: 16 rows at a time, as they lie; in brackets the "
         "parts of their speed that are reached. Packed: over a packed copy. Others: in brackets times kv_fill's.",
         "",
-        "| 16 layers, D=2048, 8 heads of 64 | pages | floor | in tiles | kv_fill | packed | one by one | torch, by layer |",
+        "| 16 layers, D=2048, 8 heads of 64 | pages | floor | in tiles | kv_fill | packed | one by one | torch |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for b in results["benchmarks"]:

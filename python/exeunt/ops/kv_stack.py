@@ -117,6 +117,7 @@ class KVStack:
         for index, layer in enumerate(self.layers):
             self._check(index, layer)
         self._copy = self._packed() if packed else None
+        self._tables: list[Tensor] = []  # which kernels read
         weights = [t for layer in self.layers for t in (layer.key, layer.value)] if packed else []
         self._packed_from = [t for t in weights if not t.is_inference()]  # those that have a version
         self._versions = [t._version for t in self._packed_from]
@@ -177,23 +178,31 @@ class KVStack:
         return copy
 
     @cached_property
-    def table(self) -> Tensor:
-        """[L, 14] int64 on the stack's device: a ``KvLayer`` of csrc/core/params.h a row."""
-        lying = [(layer.key, layer.value) for layer in self.layers]
-        projections = lying if self._copy is None else self._copy
-        fields = [_fields(layer, *own) for layer, own in zip(self.layers, projections, strict=True)]
-        return torch.tensor(fields, dtype=torch.int64, device=self.device)
+    def kernel(self) -> Any:
+        """``KvFill`` of the device's module over the weights as they lie; None where this build has no kernel there."""
+        return self._kernel_over([(layer.key, layer.value) for layer in self.layers], packed=False)
 
     @cached_property
-    def kernel(self) -> Any:
-        """``KvFill`` of the device's module, over the table; None where this build has no kernel for that device."""
+    def packed_kernel(self) -> Any:
+        """The same over the packed copy."""
+        return self._kernel_over(self._copy, packed=True)
+
+    def kernel_for(self, rows: int) -> Any:
+        """The faster of the two for so many rows."""
+        few = rows <= 8 or self.dtype == torch.bfloat16  # float32 and float16 are packed for few rows
+        return self.packed_kernel if self._copy is not None and few else self.kernel
+
+    def _kernel_over(self, projections: Any, packed: bool) -> Any:
         kernels = _backend.kernels(self.device)
         if kernels is None:
             return None
+        fields = [_fields(layer, *own) for layer, own in zip(self.layers, projections, strict=True)]
+        #: [L, 14] int64 on the stack's device: a ``KvLayer`` of csrc/core/params.h a row, which the kernel reads.
+        table = torch.tensor(fields, dtype=torch.int64, device=self.device)
+        self._tables.append(table)
         return kernels.KvFill(
             self.width, self.heads, self.head_size, DTYPES[self.dtype], NORMS[self.norm], self.eps,
-            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, self._copy is not None,
-            len(self), self.table.data_ptr(),
+            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, packed, len(self), table.data_ptr(),
         )  # fmt: skip
 
 

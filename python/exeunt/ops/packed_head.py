@@ -101,7 +101,7 @@ class PackedHead:
 
 
 def in_tiles(rows: Tensor) -> Tensor:
-    """[..., n, D] -> [..., tiles, lines, 16, elements of a line]: rows as the CPU kernels read them, padded with zeros."""
+    """[..., n, D] -> [..., tiles, lines, 16, elements of a line]: as the CPU kernels read packed rows, zeros beyond."""
     *outer, n, d = rows.shape
     per_line = _LINE // rows.element_size()
     tiles, lines = -(-n // _TILE), -(-d // per_line)
