@@ -248,9 +248,7 @@ def _layer_of(parts: _Parts, facts: _Facts, heads: int, size: int) -> KVLayer | 
     )  # fmt: skip
 
 
-def _stack_of(
-    layers: list[KVLayer], parts: list[_Parts], facts: _Facts, packed: bool = False
-) -> KVStack | None:
+def _stack_of(layers: list[KVLayer], parts: list[_Parts], facts: _Facts, packed: bool = False) -> KVStack | None:
     """A stack of such layers; None where they differ in what kv_fill takes as one."""
     eps = {eps_of(p.norm) or 0.0 for p in parts}
     key_eps = {eps_of(p.key_norm) or 0.0 for p in parts}
