@@ -73,8 +73,8 @@ py::class_<KvFill> def_kv_fill(py::module_& m, void (*run)(const KvFill&, KvFill
   return py::class_<KvFill>(m, "KvFill", py::module_local(), "kv_fill for one stack; see exeunt.ops.kv_fill.")
       .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, bool, int64_t, uintptr_t>(),
            py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),
-           py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("packed"), py::arg("layers"),
-           py::arg("table"))
+           py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("packed"),
+           py::arg("layers"), py::arg("table"))
       .def("fill", fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
            py::arg("places"), py::arg("tables"), py::arg("tables_dtype"), py::arg("rotary"), py::arg("workspace"),
            last_names..., "Write the rows' keys and values.");

@@ -156,7 +156,8 @@ EXEUNT_INLINE Vec spread(const char* p) {
   for (int rows = 0; rows < kTile; rows += kLanes)
     for (int units = 0; units < kTile; units += kLanes) {
       UVec v[kLanes];
-      for (int i = 0; i < kLanes; ++i) __builtin_memcpy(v + i, from + (rows + i) * row_stride + units * kUnit, sizeof v[i]);
+      for (int i = 0; i < kLanes; ++i)
+        __builtin_memcpy(v + i, from + (rows + i) * row_stride + units * kUnit, sizeof v[i]);
       transpose(v);
       for (int i = 0; i < kLanes; ++i) __builtin_memcpy(to + (units + i) * kLine + rows * kUnit, v + i, sizeof v[i]);
     }
@@ -282,8 +283,7 @@ struct VectorProduct {
       for (int r = 0; r < R; ++r) {
         alignas(64) float columns[K::kSums * kLanes];
         __builtin_memcpy(columns, sums[t][r], sizeof columns);
-        for (int c = 0; c < kTile; ++c)
-          z[t][r][c] = K::kChains == 2 ? columns[2 * c] + columns[2 * c + 1] : columns[c];
+        for (int c = 0; c < kTile; ++c) z[t][r][c] = K::kChains == 2 ? columns[2 * c] + columns[2 * c + 1] : columns[c];
       }
   }
 
