@@ -50,8 +50,6 @@ constexpr int64_t kFar = 8, kNear = 4;
 
 // ---- weight tiles --------------------------------------------------------------------------------------------------
 
-constexpr int kMostTiles = 2;
-
 int64_t lines_of(DType weights, int64_t width) { return (width * element_bytes(weights) + kLine - 1) / kLine; }
 
 // Sixteen rows of a weight, full lines only, and where the tile begins that will be read next in its place, whose first

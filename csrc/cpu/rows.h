@@ -8,9 +8,11 @@ namespace exeunt::cpu {
 
 static inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Scratch for tiles of a weight that are copied before they are read: two of them, each with its scales (product.h).
+constexpr int kMostTiles = 4;  // of a weight that a product takes together
+
+// Scratch for tiles of a weight that are copied before they are read, each with its scales (product.h).
 static inline int64_t panel_bytes(DType dtype, int64_t width) {
-  return 2 * (16 * round_up(width * element_bytes(dtype), 64) + 64);
+  return kMostTiles * (16 * round_up(width * element_bytes(dtype), 64) + 64);
 }
 
 // Sum of f(d) over [0, width) in eight interleaved parts, so that additions overlap; always in the same order.
