@@ -30,7 +30,7 @@ struct WeightArg {
 };
 
 // What is packed so: it always meets vector registers, whose lanes are the rows. Tile registers take rows as they are.
-inline bool packed_turned(DType dtype) { return dtype == DType::float32 || dtype == DType::float16; }
+static inline bool packed_turned(DType dtype) { return dtype == DType::float32 || dtype == DType::float16; }
 
 enum class Activation : int32_t { none = 0, tanh = 1, relu = 2, sigmoid = 3 };
 

@@ -17,8 +17,8 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int64_t kUnit = 4, kUnits = 16;  // bytes of one, and of a line
-constexpr int64_t kNumber = 4;             // bytes of one
+constexpr int64_t kUnit = 4, kUnits = 16;  // bytes of a unit, units of a line
+constexpr int64_t kNumber = 4;             // bytes of a number
 
 // ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
 
