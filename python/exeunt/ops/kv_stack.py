@@ -69,7 +69,8 @@ class KVStack:
     packed : bool, default False
         On CPU, read a copy of the projections whose rows lie as in a :class:`PackedHead`, which memory serves faster
         (``docs/kernels.md`` has figures); the results have the same bits. ``nbytes`` says what it costs. A projection
-        that is changed in place then needs another stack, too: :func:`kv_fill` refuses this one.
+        that is changed in place then needs another stack, too: :func:`kv_fill` refuses this one (but inference tensors
+        do not tell).
 
     Raises
     ------

@@ -101,7 +101,10 @@ class PackedHead:
 
 
 def in_tiles(rows: Tensor) -> Tensor:
-    """[..., n, D] -> [..., tiles, lines, 16, elements of a line]: as the CPU kernels read packed rows, zeros beyond."""
+    """[..., n, D] -> [..., tiles, lines, 16, elements of a line]: as the CPU kernels read packed rows, zeros beyond.
+
+    Of float32 and float16, units of 4 bytes of a tile's 16 rows lie side by side.
+    """
     *outer, n, d = rows.shape
     per_line = _LINE // rows.element_size()
     tiles, lines = -(-n // _TILE), -(-d // per_line)
