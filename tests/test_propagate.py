@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,6 +280,12 @@ def test_packed_projections_follow_the_model(model):
         assert report.captures == 0
     for kind, times in ((after, 2), (later, 4)):
         torch.testing.assert_close(kind[4][:, :, -1], before[4][:, :, -1] * times, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_projections_are_for_a_model_on_cpu():
+    elsewhere = SimpleNamespace(model=None, layers=(), weight=torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match=r"^attach: Propagate\(packed=True\) needs a model on cpu, got meta"):
+        KeyValueWeights.find(elsewhere, packed=True)
 
 
 class Adapter(torch.nn.Module):

@@ -1,5 +1,5 @@
-// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time (with
-// tile registers, two: product_amx.inc).
+// The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time, or
+// some of a packed weight (with tile registers: product_amx.inc).
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
 //   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how float32 and float16 are packed
@@ -197,7 +197,7 @@ struct VectorProduct {
   }
 
   static void run(const Tile* tiles, int count, PackedRows x, int64_t first, int64_t rows, Epilogue epilogue) {
-    alignas(64) float z[2][kMaxRows + kLanes][kTile];
+    alignas(64) float z[kMostTiles / 2][kMaxRows + kLanes][kTile];
     const int64_t all = rows * K::kPlanes;
     const char* data = x.data + first * K::kPlanes * row_bytes(tiles->lines);
     if (x.rows * K::kPlanes > kFew)
@@ -421,7 +421,7 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
              Epilogue epilogue) {
   with_product(stream.weight.dtype, [&](auto product) {
     const int together = product.tiles(x.rows, stream.weight.packed);
-    const int64_t panel = panel_bytes(stream.weight.dtype, stream.width) / kMostTiles;
+    const int64_t panel = panel_tile_bytes(stream.weight.dtype, stream.width);
     product.begin(x.rows);
     for (int64_t at = begin; at < end;) {
       Tile tiles[kMostTiles];

@@ -22,11 +22,10 @@ struct alignas(64) TileConfig {
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-static constexpr TileConfig kTileConfig;
 
 EXEUNT_INLINE void tiles_see_memory() { asm volatile("" ::: "memory"); }
 // What was stored before (a configuration, packed rows) is seen by what the tiles load.
-EXEUNT_INLINE void tiles_begin(const TileConfig& config = kTileConfig) {
+EXEUNT_INLINE void tiles_begin(const TileConfig& config) {
   tiles_see_memory();
   _tile_loadconfig(&config);
 }
