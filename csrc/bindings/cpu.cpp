@@ -136,11 +136,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("amx_refused", &cpu::amx_refused, "Whether the CPU has AMX and the operating system refused it.");
   m.def(
       "exit_stats_workspace",
-      [](int head, int64_t rows, int64_t vocab, int64_t width, int topk, bool draws, int threads) {
-        return cpu::exit_stats_workspace(static_cast<DType>(head), rows, vocab, width, topk, draws, threads);
+      [](int head, int form, int64_t rows, int64_t vocab, int64_t width, int topk, bool draws, int threads) {
+        return cpu::exit_stats_workspace(static_cast<DType>(head), static_cast<WeightForm>(form), rows, vocab, width,
+                                         topk, draws, threads);
       },
-      py::arg("head_dtype"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"), py::arg("draws"),
-      py::arg("threads"), "Bytes of workspace that exit_stats needs.");
+      py::arg("head_dtype"), py::arg("head_form"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"),
+      py::arg("draws"), py::arg("threads"), "Bytes of workspace that exit_stats needs.");
   def_exit_stats(m, &exit_stats, py::arg("threads"));
   def_small_head(m, &small_head, py::arg("workspace"), py::arg("threads"));
   m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
@@ -170,7 +171,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "workspace",
           [](const KvFill& stack, int64_t rows, int threads) {
-            return cpu::kv_fill_workspace(stack.p.dtype, rows, stack.p.width, stack.p.head_size, threads);
+            return cpu::kv_fill_workspace(stack.p.dtype, stack.p.form, rows, stack.p.width, stack.p.head_size, threads);
           },
           py::arg("rows"), py::arg("threads"), "Bytes of workspace for up to that many rows.");
   m.def(

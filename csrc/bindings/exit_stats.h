@@ -18,12 +18,17 @@ inline VectorArg vector_arg(const Vector& v) {
   return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype), stride};
 }
 
-// (address, dtype, packed, tile stride, row stride, line stride, address of scales) of a weight; strides in bytes.
-using Weight = std::tuple<uintptr_t, int, bool, int64_t, int64_t, int64_t, uintptr_t>;
+// (address, dtype, form, tile stride, row stride, line stride, address of scales) of a weight; strides in bytes.
+using Weight = std::tuple<uintptr_t, int, int, int64_t, int64_t, int64_t, uintptr_t>;
 
 inline WeightArg weight_arg(const Weight& w) {
-  const auto [data, dtype, packed, tile_stride, row_stride, line_stride, scale] = w;
-  return {reinterpret_cast<const void*>(data),  static_cast<DType>(dtype), packed, tile_stride, row_stride, line_stride,
+  const auto [data, dtype, form, tile_stride, row_stride, line_stride, scale] = w;
+  return {reinterpret_cast<const void*>(data),
+          static_cast<DType>(dtype),
+          static_cast<WeightForm>(form),
+          tile_stride,
+          row_stride,
+          line_stride,
           reinterpret_cast<const float*>(scale)};
 }
 

@@ -18,7 +18,7 @@ struct KvFill {
   int64_t layers;
 
   KvFill(int64_t width, int64_t heads, int64_t head_size, int dtype, int norm, float eps, int key_norm, float key_eps,
-         float shift, bool interleaved, bool packed, int64_t layers_, uintptr_t table)
+         float shift, bool interleaved, int form, int64_t layers_, uintptr_t table)
       : layers(layers_) {
     p.width = width;
     p.heads = heads;
@@ -30,7 +30,7 @@ struct KvFill {
     p.key_eps = key_eps;
     p.shift = shift;
     p.interleaved = interleaved;
-    p.packed = packed;
+    p.form = static_cast<WeightForm>(form);
     p.layers = reinterpret_cast<const KvLayer*>(table);
   }
 };
@@ -71,9 +71,9 @@ py::class_<KvFill> def_kv_fill(py::module_& m, void (*run)(const KvFill&, KvFill
   };
   // Local: both modules have one.
   return py::class_<KvFill>(m, "KvFill", py::module_local(), "kv_fill for one stack; see exeunt.ops.kv_fill.")
-      .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, bool, int64_t, uintptr_t>(),
+      .def(py::init<int64_t, int64_t, int64_t, int, int, float, int, float, float, bool, int, int64_t, uintptr_t>(),
            py::arg("width"), py::arg("heads"), py::arg("head_size"), py::arg("dtype"), py::arg("norm"), py::arg("eps"),
-           py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("packed"),
+           py::arg("key_norm"), py::arg("key_eps"), py::arg("shift"), py::arg("interleaved"), py::arg("form"),
            py::arg("layers"), py::arg("table"))
       .def("fill", fill, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
            py::arg("places"), py::arg("tables"), py::arg("tables_dtype"), py::arg("rotary"), py::arg("workspace"),

@@ -17,20 +17,20 @@ struct VectorArg {
 
 // A weight [V, D] that the streaming product reads, by tiles of 16 rows and lines of 64 bytes. Strides are in bytes.
 //
-//   as it lies   row_stride apart, lines of a row side by side (line_stride 64); the last line may be short
-//   packed       [V / 16][lines][16][64]: the tile's rows of one line side by side (row_stride 64, line_stride 1024);
-//                D is padded to full lines and V to full tiles
-//   turned       packed, with units of 4 bytes of the rows side by side, [V / 16][lines][16 units][16 rows]
+//   lies     row_stride apart, lines of a row side by side (line_stride 64); the last line may be short
+//   tiles    [V / 16][lines][16][64]: the tile's rows of one line side by side (row_stride 64, line_stride 1024);
+//            D is padded to full lines and V to full tiles
+//   turned   the same, with units of 4 bytes of the rows side by side, [V / 16][lines][16 units][16 rows]: for vector
+//            registers, whose lanes are the rows, where tile registers take rows as they are
+enum class WeightForm : int32_t { lies = 0, tiles = 1, turned = 2 };
+
 struct WeightArg {
   const void* data;
   DType dtype;
-  bool packed;
+  WeightForm form;
   int64_t tile_stride, row_stride, line_stride;
   const float* scale;  // [V], int8 and float8_e4m3 only
 };
-
-// What is packed so: it always meets vector registers, whose lanes are the rows. Tile registers take rows as they are.
-static inline bool packed_turned(DType dtype) { return dtype == DType::float32 || dtype == DType::float16; }
 
 enum class Activation : int32_t { none = 0, tanh = 1, relu = 2, sigmoid = 3 };
 
@@ -156,7 +156,7 @@ struct KvFillParams {
   float key_eps;
   float shift;  // added to norm weights (Gemma: 1)
   bool interleaved;
-  bool packed;  // projections lie in tiles, each head as a packed WeightArg (CPU)
+  WeightForm form;  // of the projections, each head for itself; on CPU, elsewhere they lie
 
   const KvLayer* layers;   // [until]
   const KvPlace* places;   // [until]

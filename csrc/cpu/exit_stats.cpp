@@ -29,9 +29,10 @@ int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab +
 // Where everything lies in the workspace, each part on a 64-byte boundary.
 struct Layout {
   int64_t chunk, chunks, scale, out_rows, partials, topk, drawn, panels, panel_size, row_bytes, total;
-  Layout(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t k, bool draws, int32_t threads)
+  Layout(DType head, WeightForm form, int64_t rows, int64_t vocab, int64_t width, int32_t k, bool draws,
+         int32_t threads)
       : chunk(chunk_size(vocab)), chunks((vocab + chunk - 1) / chunk) {
-    scale = round_up(selected_isa().rows_bytes(head, rows, width), 64);
+    scale = round_up(selected_isa().rows_bytes(head, form, rows, width), 64);
     out_rows = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     partials = out_rows + round_up(rows * static_cast<int64_t>(sizeof(int64_t)), 64);
     topk = partials + round_up(rows * chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
@@ -77,13 +78,13 @@ void finish(const ExitStatsParams& p, int64_t r, const ExitStats& s, const Candi
 
 }  // namespace
 
-int64_t exit_stats_workspace(DType head, int64_t rows, int64_t vocab, int64_t width, int32_t topk, bool draws,
-                             int32_t threads) {
-  return Layout(head, rows, vocab, width, topk, draws, threads).total;
+int64_t exit_stats_workspace(DType head, WeightForm form, int64_t rows, int64_t vocab, int64_t width, int32_t topk,
+                             bool draws, int32_t threads) {
+  return Layout(head, form, rows, vocab, width, topk, draws, threads).total;
 }
 
 void exit_stats(const ExitStatsParams& p) {
-  const Layout layout(p.head.dtype, p.rows, p.vocab, p.width, p.topk, p.seeds, p.threads);
+  const Layout layout(p.head.dtype, p.head.form, p.rows, p.vocab, p.width, p.topk, p.seeds, p.threads);
   char* workspace = static_cast<char*>(p.workspace);
   int64_t* out_rows = reinterpret_cast<int64_t*>(workspace + layout.out_rows);
   ExitStats* partials = reinterpret_cast<ExitStats*>(workspace + layout.partials);
@@ -105,7 +106,7 @@ void exit_stats(const ExitStatsParams& p) {
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
       isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
-      isa.pack_row(p.head.dtype, row, p.width, r, x);
+      isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
     }
     for (int64_t c, end; runs.next(c, end);)
       for (; c < end; ++c) {

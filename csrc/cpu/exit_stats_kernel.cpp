@@ -105,7 +105,7 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   const bool capped = p.softcap > 0.0f;
   const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
   const float gain_out = p.softcap / p.temperature;
-  const int64_t block = product_rows(p.head.dtype);
+  const int64_t block = product_rows(p.head);
   IVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 

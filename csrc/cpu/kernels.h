@@ -48,10 +48,10 @@ using Standardise = void (*)(const void* hidden, DType dtype, int64_t at, int64_
 // norm would hand it over. `wide` is scratch for `width` doubles.
 using Normalise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm,
                            DType weight, float* x, double* wide);
-// rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype
+// rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype and form
 // pack_row    packs row n of x.rows, of `width` floats
-using RowsBytes = int64_t (*)(DType weights, int64_t rows, int64_t width);
-using PackRow = void (*)(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);
+using RowsBytes = int64_t (*)(DType weights, WeightForm form, int64_t rows, int64_t width);
+using PackRow = void (*)(DType weights, WeightForm form, const float* row, int64_t width, int64_t n, PackedRows x);
 // out[rows, outputs] = activation(x W^T + b), its columns [begin, end); begin is a multiple of 16
 struct LinearArgs {
   const LayerArg* layer;
@@ -94,8 +94,8 @@ using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const Ragg
   void standardise(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps, double* wide);   \
   void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm, DType weight,       \
                  float* x, double* wide);                                                                             \
-  int64_t rows_bytes(DType weights, int64_t rows, int64_t width);                                                     \
-  void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x);                             \
+  int64_t rows_bytes(DType weights, WeightForm form, int64_t rows, int64_t width);                                    \
+  void pack_row(DType weights, WeightForm form, const float* row, int64_t width, int64_t n, PackedRows x);            \
   void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                              \
   void linear_rows(const LinearArgs& args);                                                                           \
   void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n,       \

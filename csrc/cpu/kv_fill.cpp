@@ -32,9 +32,9 @@ constexpr int64_t kBlockRows = 64;     // rows of a head that are finished toget
 
 struct Layout {
   int64_t scale, panel, head, row, thread, threads_at, total;  // the first four: within a thread's part
-  Layout(DType dtype, int64_t rows, int64_t width, int64_t head_size, int32_t threads) {
+  Layout(DType dtype, WeightForm form, int64_t rows, int64_t width, int64_t head_size, int32_t threads) {
     const auto floats = [](int64_t count) { return round_up(count * static_cast<int64_t>(sizeof(float)), 64); };
-    scale = round_up(selected_isa().rows_bytes(dtype, rows, width), 64);
+    scale = round_up(selected_isa().rows_bytes(dtype, form, rows, width), 64);
     panel = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     head = panel + panel_bytes(dtype, width);
     row = head + floats(kBlockRows * round_up(head_size, 16));
@@ -84,15 +84,16 @@ KvRows kv_rows(const KvRowsArg& arg) {
   return rows;
 }
 
-int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t head_size, int32_t threads) {
-  return Layout(dtype, rows, width, head_size, threads).total;
+int64_t kv_fill_workspace(DType dtype, WeightForm form, int64_t rows, int64_t width, int64_t head_size,
+                          int32_t threads) {
+  return Layout(dtype, form, rows, width, head_size, threads).total;
 }
 
 void kv_fill(const KvFillParams& p) {
   if (p.rows == 0) return;
   const Isa& isa = selected_isa();
   const int64_t first = p.from_layer[0];
-  const Layout layout(p.dtype, p.rows, p.width, p.head_size, p.threads);
+  const Layout layout(p.dtype, p.form, p.rows, p.width, p.head_size, p.threads);
   char* workspace = static_cast<char*>(p.workspace);
   double* standard = reinterpret_cast<double*>(workspace);
   const auto rows_of = [&](int64_t layer) {

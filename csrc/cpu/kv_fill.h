@@ -23,7 +23,8 @@ struct KvRows {
 KvRows kv_rows(const KvRowsArg& arg);
 
 // Bytes for up to `rows` rows.
-int64_t kv_fill_workspace(DType dtype, int64_t rows, int64_t width, int64_t head_size, int32_t threads);
+int64_t kv_fill_workspace(DType dtype, WeightForm form, int64_t rows, int64_t width, int64_t head_size,
+                          int32_t threads);
 void kv_fill(const KvFillParams& p);
 
 }  // namespace exeunt::cpu

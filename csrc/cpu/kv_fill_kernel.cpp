@@ -72,7 +72,7 @@ void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* sta
   }
   if (p.dtype != DType::float32)
     for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(p.dtype, row[d]);
-  pack_row(p.dtype, row, p.width, n, x);
+  pack_row(p.dtype, p.form, row, p.width, n, x);
 }
 
 void kv_fill_head(const KvHeadArgs& a) {
@@ -82,9 +82,9 @@ void kv_fill_head(const KvHeadArgs& a) {
   const char* data = static_cast<const char*>(a.keys ? layer.key : layer.value);
   const int64_t head_stride = a.keys ? layer.key_head : layer.value_head;
   const int64_t row_stride = a.keys ? layer.key_row : layer.value_row;
-  const WeightArg lying{data + a.head * head_stride, p.dtype, false, kTile * row_stride, row_stride, kLine, nullptr};
-  const WeightArg tiles{data + a.head * head_stride, p.dtype, true, row_stride, kLine, kTile * kLine, nullptr};
-  const WeightArg weight = p.packed ? tiles : lying;
+  const WeightArg lying{data + a.head * head_stride, p.dtype, p.form, kTile * row_stride, row_stride, kLine, nullptr};
+  const WeightArg packed{data + a.head * head_stride, p.dtype, p.form, row_stride, kLine, kTile * kLine, nullptr};
+  const WeightArg weight = p.form == WeightForm::lies ? lying : packed;
   const void* bias = a.keys ? layer.key_bias : layer.value_bias;
   const int64_t bias_at = a.head * (a.keys ? layer.key_bias_head : layer.value_bias_head);
   void* out = a.keys ? place.keys : place.values;
@@ -93,7 +93,7 @@ void kv_fill_head(const KvHeadArgs& a) {
   const int64_t out_head = a.head * (a.keys ? place.key_head : place.value_head);
   const auto place_of = [&](int64_t n) { return p.batch_rows[n] * out_row + p.slots[n] * out_slot + out_head; };
   const int64_t bytes = element_bytes(p.dtype);
-  const int64_t stride = (p.head_size + kTile - 1) / kTile * kTile, block = product_rows(p.dtype);
+  const int64_t stride = (p.head_size + kTile - 1) / kTile * kTile, block = product_rows(weight);
 
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;

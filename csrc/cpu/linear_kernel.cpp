@@ -20,8 +20,7 @@ EXEUNT_INLINE Vec activated(Vec v, Activation activation) {
 
 void linear_rows(const LinearArgs& a) {
   const LayerArg& layer = *a.layer;
-  const DType dtype = layer.weight.dtype;
-  const int64_t block = product_rows(dtype);
+  const int64_t block = product_rows(layer.weight);
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     const auto epilogue = [&](int64_t at, int count, float (*z)[kTile], const Ahead&) {

@@ -41,6 +41,7 @@ namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
 constexpr int64_t kBlockNumbers = 128;
+constexpr int kMostTiles = 4;  // of a packed weight that are taken together; vector registers take half as many
 constexpr int kFew = kLanes == 16 ? 8 : 4;  // packed rows up to which lanes are weight rows
 constexpr int kSumRegisters = kLanes == 16 ? 16 : 8;
 // Lines that a tile's rows are fetched ahead where memory sets the time, first into L2 and then into L1. Either step
@@ -77,9 +78,9 @@ Tile tile_of(const Stream& s, int64_t at, int64_t end, int together, char* panel
   const char* data = base + at / kTile * w.tile_stride;
   const int64_t after = at / kTile + together - (end + kTile - 1) / kTile;  // tiles from the end to the next one
   const char* next = after >= 0 && s.next ? s.next + after * w.tile_stride : data + together * w.tile_stride;
-  const bool turned = w.packed && packed_turned(w.dtype);
+  const bool packed = w.form != WeightForm::lies, turned = w.form == WeightForm::turned;
   Tile tile{data, next, w.row_stride, w.line_stride, lines, turned, w.scale ? w.scale + at : nullptr, at, count};
-  if (!s.columns && (w.packed || (count == kTile && bytes % kLine == 0))) return tile;
+  if (!s.columns && (packed || (count == kTile && bytes % kLine == 0))) return tile;
   float* scale = reinterpret_cast<float*>(panel + lines * kTile * kLine);
   for (int i = 0; i < count; ++i) {
     const int64_t v = s.columns ? s.columns[at + i] : at + i;
@@ -89,7 +90,7 @@ Tile tile_of(const Stream& s, int64_t at, int64_t end, int together, char* panel
       if (turned) {
         const char* unit = from - v % kTile * (w.row_stride - kUnit);
         for (int u = 0; u < kTile; ++u) __builtin_memcpy(to + u * kUnit, unit + u * kLine, kUnit);
-      } else if (w.packed || bytes - l * kLine >= kLine) {
+      } else if (packed || bytes - l * kLine >= kLine) {
         __builtin_memcpy(to, from, kLine);
       } else {
         __builtin_memset(to, 0, kLine);
@@ -167,8 +168,8 @@ struct VectorProduct {
   static constexpr int64_t kRows = kMaxRows / K::kPlanes;
   static void begin(int64_t) {}
   static void end() {}
-  static int tiles(int64_t rows, bool packed) {
-    return packed && rows * K::kPlanes <= kFew && two_of(group_of(rows * K::kPlanes)) ? 2 : 1;
+  static int packed_tiles(int64_t rows) {
+    return rows * K::kPlanes <= kFew && two_of(group_of(rows * K::kPlanes)) ? 2 : 1;
   }
 
   EXEUNT_INLINE int64_t rows_bytes(int64_t rows, int64_t lines) {
@@ -374,11 +375,16 @@ struct VectorProduct {
 
 #if defined(EXEUNT_AMX)
 #include "cpu/product_amx.inc"
+#include "cpu/product_split.inc"
 #endif
 
-// f(product) with the product that this ISA has for weights of that dtype.
+// f(product) with the product that this ISA has for weights of that dtype and form.
 template <class F>
-EXEUNT_INLINE auto with_product(DType weights, F&& f) {
+EXEUNT_INLINE auto with_product(DType weights, [[maybe_unused]] WeightForm form, F&& f) {
+#if defined(EXEUNT_AMX)
+  if (form == WeightForm::tiles && weights == DType::float32) return f(SplitProduct<Float32Parts>());
+  if (form == WeightForm::tiles && weights == DType::float16) return f(SplitProduct<Float16Parts>());
+#endif
   switch (weights) {
     case DType::bfloat16:
 #if defined(EXEUNT_AMX)
@@ -405,29 +411,30 @@ EXEUNT_INLINE auto with_product(DType weights, F&& f) {
 
 }  // namespace
 
-int64_t rows_bytes(DType weights, int64_t rows, int64_t width) {
-  return with_product(weights, [&](auto product) { return product.rows_bytes(rows, lines_of(weights, width)); });
+int64_t rows_bytes(DType weights, WeightForm form, int64_t rows, int64_t width) {
+  return with_product(weights, form, [&](auto product) { return product.rows_bytes(rows, lines_of(weights, width)); });
 }
 
-void pack_row(DType weights, const float* row, int64_t width, int64_t n, PackedRows x) {
-  with_product(weights, [&](auto product) { product.pack_row(row, width, lines_of(weights, width), n, x); });
+void pack_row(DType weights, WeightForm form, const float* row, int64_t width, int64_t n, PackedRows x) {
+  with_product(weights, form, [&](auto product) { product.pack_row(row, width, lines_of(weights, width), n, x); });
 }
 
-int64_t product_rows(DType weights) {
-  return with_product(weights, [](auto product) { return product.kRows; });
+int64_t product_rows(const WeightArg& weight) {
+  return with_product(weight.dtype, weight.form, [](auto product) { return product.kRows; });
 }
 
 void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int64_t first, int64_t rows,
              Epilogue epilogue) {
-  with_product(stream.weight.dtype, [&](auto product) {
-    const int together = product.tiles(x.rows, stream.weight.packed);
-    const int64_t panel = panel_tile_bytes(stream.weight.dtype, stream.width);
+  const WeightArg& weight = stream.weight;
+  with_product(weight.dtype, weight.form, [&](auto product) {
+    const bool packed = weight.form != WeightForm::lies && !stream.columns;  // the panel has room for one tile
+    const int together = packed ? product.packed_tiles(x.rows) : 1;
     product.begin(x.rows);
     for (int64_t at = begin; at < end;) {
       Tile tiles[kMostTiles];
       int count = 0;
       for (; count < together && at < end; ++count, at += kTile)
-        tiles[count] = tile_of(stream, at, end, together, stream.panel + count * panel);
+        tiles[count] = tile_of(stream, at, end, together, stream.panel);
       product.run(tiles, count, x, first, rows, epilogue);
     }
     product.end();

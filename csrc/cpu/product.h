@@ -49,7 +49,7 @@ static inline Epilogue epilogue_of(const F& f) {
 }
 
 // Hidden rows that one call of product() may bring.
-int64_t product_rows(DType weights);
+int64_t product_rows(const WeightArg& weight);
 
 // Weight rows [begin, end) with hidden rows [first, first + rows) of x; `begin` is a multiple of 16.
 void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int64_t first, int64_t rows,

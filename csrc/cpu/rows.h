@@ -8,15 +8,9 @@ namespace exeunt::cpu {
 
 static inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-constexpr int kMostTiles = 4;  // of a weight that a product takes together; vector registers take half as many
-
-// Scratch for a tile of a weight that is copied before it is read, with its scales; and for all that are taken together
-// (product.h).
-static inline int64_t panel_tile_bytes(DType dtype, int64_t width) {
-  return 16 * round_up(width * element_bytes(dtype), 64) + 64;
-}
+// Scratch for a tile of a weight that is copied before it is read, with its scales (product.h).
 static inline int64_t panel_bytes(DType dtype, int64_t width) {
-  return (packed_turned(dtype) ? kMostTiles / 2 : kMostTiles) * panel_tile_bytes(dtype, width);
+  return 16 * round_up(width * element_bytes(dtype), 64) + 64;
 }
 
 // Sum of f(d) over [0, width) in eight interleaved parts, so that additions overlap; always in the same order.

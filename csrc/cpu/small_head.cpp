@@ -30,7 +30,7 @@ struct Layout {
     const int64_t widest = std::max(width, pooler);
     row = round_up(widest * 8, 64);
     packed = row + round_up(widest * 4, 64);
-    scale = packed + round_up(selected_isa().rows_bytes(weight, rows, widest), 64);
+    scale = packed + round_up(selected_isa().rows_bytes(weight, WeightForm::lies, rows, widest), 64);
     pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     panel = pooled + round_up(rows * pooler * 4, 64);
     total = panel + panel_bytes(weight, widest);
@@ -175,14 +175,14 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
     } else {
       isa.normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
     }
-    isa.pack_row(first.weight.dtype, ready, p.width, r, x);
+    isa.pack_row(first.weight.dtype, first.weight.form, ready, p.width, r, x);
   }
   if (p.pooled) {
     linear(p.pooler, x, base + layout.panel, pooled, threads);
     for (int64_t r = 0; r < rows; ++r) {
       float* values = pooled + r * p.pooler.outputs;
       for (int64_t d = 0; d < p.pooler.outputs; ++d) values[d] = rounded_to(p.head.weight.dtype, values[d]);
-      isa.pack_row(p.head.weight.dtype, values, p.pooler.outputs, r, x);
+      isa.pack_row(p.head.weight.dtype, p.head.weight.form, values, p.pooler.outputs, r, x);
     }
   }
   linear(p.head, x, base + layout.panel, p.out + begin * p.head.outputs, threads);

@@ -97,8 +97,24 @@ void float16_is_exact() {
   }
 }
 
+// A weight's rows, `stride` elements apart, in the order of that form (WeightArg); exactly as long as it must be.
 template <class T>
-void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad_row) {
+std::vector<T> in_form(WeightForm form, const std::vector<T>& head, int64_t v, int64_t d, int64_t stride) {
+  if (form == WeightForm::lies) return head;
+  const int64_t line = 64 / sizeof(T), unit = 4 / sizeof(T), lines = (d + line - 1) / line;
+  std::vector<T> packed(static_cast<size_t>((v + 15) / 16 * 16 * lines * line));
+  for (int64_t j = 0; j < v; ++j)
+    for (int64_t i = 0; i < d; ++i) {
+      const int64_t row = j % 16, within = i % line;
+      const int64_t at =
+          form == WeightForm::tiles ? row * line + within : within / unit * (16 * unit) + row * unit + within % unit;
+      packed[static_cast<size_t>((j / 16 * lines + i / line) * 16 * line + at)] = head[j * stride + i];
+    }
+  return packed;
+}
+
+template <class T>
+void matches_a_plain_loop(DType dtype, WeightForm form, int64_t n, int64_t v, int64_t d, bool bad_row) {
   std::mt19937 rng(static_cast<unsigned>(n * 1000003 + v * 1009 + d));
   std::normal_distribution<float> normal;
   const int64_t stride = d + 3;
@@ -110,11 +126,14 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
 
   std::vector<int64_t> argmax(n);
   std::vector<float> top1(n), top2(n), sumexp(n), weighted(n), logits(n * v);
-  void* workspace = std::aligned_alloc(64, cpu::exit_stats_workspace(dtype, n, v, d, 0, false, 3));
+  void* workspace = std::aligned_alloc(64, cpu::exit_stats_workspace(dtype, form, n, v, d, 0, false, 3));
   ExitStatsParams p{};
   p.hidden = hidden.data();
   const int64_t row_bytes = stride * element_bytes(dtype);
-  p.head = {head.data(), dtype, false, 16 * row_bytes, row_bytes, 64, nullptr};
+  const std::vector<T> weight = in_form(form, head, v, d, stride);
+  const int64_t tile_bytes = (d * element_bytes(dtype) + 63) / 64 * 1024;
+  p.head = {weight.data(), dtype, form, tile_bytes, 64, 1024, nullptr};
+  if (form == WeightForm::lies) p.head = {weight.data(), dtype, form, 16 * row_bytes, row_bytes, 64, nullptr};
   p.hidden_dtype = dtype;
   p.hidden_stride = stride;
   p.rows = n;
@@ -143,7 +162,8 @@ void matches_a_plain_loop(DType dtype, int64_t n, int64_t v, int64_t d, bool bad
   std::free(workspace);
 
   const std::string where = std::string(cpu::selected_isa().name) + " n=" + std::to_string(n) +
-                            " v=" + std::to_string(v) + " d=" + std::to_string(d) + (bad_row ? " bad" : "");
+                            " v=" + std::to_string(v) + " d=" + std::to_string(d) +
+                            " form=" + std::to_string(static_cast<int>(form)) + (bad_row ? " bad" : "");
   for (int64_t r = 0; r < n; ++r) {
     if (bad_row && r == 0) {
       expect(argmax[r] == -1 && sumexp[r] != sumexp[r], where + ": NaN is flagged");
@@ -178,13 +198,17 @@ int main() {
     for (int64_t n : {1, 2, 5, 66})
       for (int64_t v : {1, 3, 35, 130, 515})
         for (int64_t d : {1, 31, 33, 96}) {
-          matches_a_plain_loop<float>(DType::float32, n, v, d, false);
-          matches_a_plain_loop<BFloat16>(DType::bfloat16, n, v, d, false);
-          matches_a_plain_loop<Float16>(DType::float16, n, v, d, false);
+          for (WeightForm form : {WeightForm::lies, WeightForm::tiles, WeightForm::turned}) {
+            matches_a_plain_loop<float>(DType::float32, form, n, v, d, false);
+            matches_a_plain_loop<Float16>(DType::float16, form, n, v, d, false);
+            if (form != WeightForm::turned) matches_a_plain_loop<BFloat16>(DType::bfloat16, form, n, v, d, false);
+          }
         }
-    matches_a_plain_loop<float>(DType::float32, 3, 40, 64, true);
-    matches_a_plain_loop<BFloat16>(DType::bfloat16, 3, 40, 64, true);
-    matches_a_plain_loop<Float16>(DType::float16, 3, 40, 64, true);
+    for (WeightForm form : {WeightForm::lies, WeightForm::tiles}) {
+      matches_a_plain_loop<float>(DType::float32, form, 3, 40, 64, true);
+      matches_a_plain_loop<BFloat16>(DType::bfloat16, form, 3, 40, 64, true);
+      matches_a_plain_loop<Float16>(DType::float16, form, 3, 40, 64, true);
+    }
     ragged_attention_tests();
     std::printf("%s: checked\n", isa);
   }

@@ -20,12 +20,66 @@ def test_a_packed_head_gives_the_bits_of_the_weight_as_it_lies(isa, v, d, dtype)
     hidden, head = make(21, v, d, dtype)
     packed = PackedHead(head)
     assert torch.equal(packed.unpack(), head) and packed.shape == (v, d)
+    if isa == "amx" and dtype != torch.bfloat16:
+        return  # in parts: the tests of parts below
     args = norm_args("rms", d, dtype)
     for n in (1, 2, 5, 9, 21):
         for a, b in zip(
             ops.exit_stats(hidden[:n], packed, **args), ops.exit_stats(hidden[:n], head, **args), strict=True
         ):
             assert a is b is None or torch.equal(a, b)
+
+
+def logits_of(hidden, head, **args):
+    """The statistics and, in float64, the logits of a head."""
+    logits = torch.empty(len(hidden), head.shape[0])
+    stats = ops.exit_stats(hidden, head, logits_out=logits, **args)
+    return stats, logits.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("v,d", SHAPES)
+def test_floats_in_parts_are_as_exact_as_float32_and_keep_their_bits_in_any_batch(isa, v, d, dtype):
+    hidden, head = make(130, v, d, dtype)
+    packed = PackedHead(head)
+    every, logits = logits_of(hidden, packed)
+    exact = hidden.double() @ head.double().T
+    size = hidden.double().abs() @ head.double().abs().T
+    assert ((logits - exact).abs() <= 4e-7 * size + 1e-30).all()
+    for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 48, 64, 65):
+        stats, some = logits_of(hidden[:n], packed)
+        assert torch.equal(some, logits[:n])
+        for a, b in zip(stats[:5], every[:5], strict=True):
+            assert torch.equal(a, b[:n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 20, 40])
+def test_numbers_that_are_no_sum_of_parts(isa, n, dtype):
+    """Infinities, NaN, the largest and the smallest numbers: what a float32 product gives, and nothing else changes."""
+    hidden, head = make(n, 70, 96, dtype, spread=0.5)
+    _, plain = logits_of(hidden, PackedHead(head))
+    limits = torch.finfo(dtype)
+    head[3, 7], head[20, 0], head[33, 95] = torch.inf, torch.nan, -torch.inf
+    head[40], head[41, 5], head[42] = 0.0, limits.max / 64, limits.tiny
+    hidden[0, 5] = 0.5
+    packed = PackedHead(head)
+    stats, logits = logits_of(hidden, packed)
+    exact = hidden.double() @ head.double().T
+    close = (logits - exact).abs() <= 2e-6 * (hidden.double().abs() @ head.double().abs().T) + 1e-36
+    assert (close | ((logits == exact) | (logits.isnan() & exact.isnan()))).all()
+    kept = [i for i in range(70) if i not in (3, 20, 33, 40, 41, 42)]
+    assert torch.equal(logits[1:, kept], plain[1:, kept])
+    assert (stats.argmax == -1).all()
+    if n > 1:
+        head = torch.ones(70, 96, dtype=dtype)
+        clean, _ = logits_of(hidden, PackedHead(head))
+        hidden[1, 3], hidden[n - 1, 0] = torch.nan, torch.inf
+        stats, logits = logits_of(hidden, PackedHead(head))
+        assert stats.argmax[[1, n - 1]].tolist() == [-1, -1]
+        assert logits[1].isnan().all() and (logits[n - 1] == torch.inf).all()
+        others = [i for i in range(n) if i not in (1, n - 1)]
+        assert torch.equal(stats.sumexp[others], clean.sumexp[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -123,11 +123,11 @@ def vector_arg(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(0))
 
 
-def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, bool, int, int, int, int]:
+def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
     """A weight [V, D] of unit stride along D, or what a PackedHead or Fp8Head holds, as WeightArg of core/params.h."""
     dtype = DTYPES[weight.dtype] if weight.dtype in DTYPES else _NARROW[weight.dtype]
-    if weight.dim() == 4:
+    if weight.dim() > 2:
         tile = weight.shape[1] * 1024
-        return weight.data_ptr(), dtype, True, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
+        return weight.data_ptr(), dtype, weight.dim() - 3, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
     row = weight.stride(0) * weight.element_size()
-    return weight.data_ptr(), dtype, False, 16 * row, row, 64, pointer(scale)
+    return weight.data_ptr(), dtype, 0, 16 * row, row, 64, pointer(scale)

@@ -169,11 +169,12 @@ class Call(NamedTuple):
         if d > 1 and hidden.stride(1) != 1:
             hidden = hidden.contiguous()
         weight, place = _backend.weight_arg(self.head, self.head_scale), _backend.place(hidden.device)
-        sizes = (weight[1], m, v, d, self.topk, seeds is not None)
+        sizes = (m, v, d, self.topk, seeds is not None)
         if hidden.is_cpu:
-            workspace = _backend.scratch(kernels.exit_stats_workspace(*sizes, *place))
+            workspace = _backend.scratch(kernels.exit_stats_workspace(*weight[1:3], *sizes, *place))
         else:
-            workspace = _empty(kernels.exit_stats_workspace(*sizes), dtype=torch.uint8, device=hidden.device)
+            size = kernels.exit_stats_workspace(weight[1], *sizes)
+            workspace = _empty(size, dtype=torch.uint8, device=hidden.device)
         bias, norm_weight, norm_bias = self.head_bias, self.norm_weight, self.norm_bias
         vector, pointer, logits = _backend.vector_arg, _backend.pointer, self.logits_out
         kernels.exit_stats(

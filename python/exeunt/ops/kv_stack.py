@@ -168,32 +168,33 @@ class KVStack:
         return [t._version for t in self._packed_from] != self._versions
 
     def _packed(self) -> Tensor:
-        """[L, 2, Hkv, tiles, lines, 16, elements of a line]: keys and values, in the order in which they are read."""
+        """[L, 2, Hkv, tiles, lines, ...]: keys and values, in the order in which they are read."""
         if self.device.type != "cpu":
             raise ValueError(f"KVStack: packed needs weights on cpu, got {self.device}")
         with torch.no_grad():
-            first = in_tiles(self.layers[0].key)
+            turned = self.dtype != torch.bfloat16  # for few rows, which vector registers multiply
+            first = in_tiles(self.layers[0].key, turned)
             copy = zeros_on_huge_pages((len(self), 2, *first.shape), self.dtype)
             for own, layer in zip(copy, self.layers, strict=True):
-                own[0], own[1] = in_tiles(layer.key), in_tiles(layer.value)
+                own[0], own[1] = in_tiles(layer.key, turned), in_tiles(layer.value, turned)
         return copy
 
     @cached_property
     def kernel(self) -> Any:
         """``KvFill`` of the device's module over the weights as they lie; None where this build has no kernel there."""
-        return self._kernel_over([(layer.key, layer.value) for layer in self.layers], packed=False)
+        return self._kernel_over([(layer.key, layer.value) for layer in self.layers], form=0)
 
     @cached_property
     def packed_kernel(self) -> Any:
         """The same over the packed copy."""
-        return self._kernel_over(self._copy, packed=True)
+        return self._kernel_over(self._copy, form=1 if self.dtype == torch.bfloat16 else 2)
 
     def kernel_for(self, rows: int) -> Any:
         """The faster of the two for so many rows."""
         few = rows <= 8 or self.dtype == torch.bfloat16  # float32 and float16 are packed for few rows
         return self.packed_kernel if self._copy is not None and few else self.kernel
 
-    def _kernel_over(self, projections: Any, packed: bool) -> Any:
+    def _kernel_over(self, projections: Any, form: int) -> Any:
         kernels = _backend.kernels(self.device)
         if kernels is None:
             return None
@@ -203,7 +204,7 @@ class KVStack:
         self._tables.append(table)
         return kernels.KvFill(
             self.width, self.heads, self.head_size, DTYPES[self.dtype], NORMS[self.norm], self.eps,
-            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, packed, len(self), table.data_ptr(),
+            NORMS[self.key_norm], self.key_eps, self.shift, self.interleaved, form, len(self), table.data_ptr(),
         )  # fmt: skip
 
 

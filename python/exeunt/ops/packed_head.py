@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from exeunt.memory import zeros_on_huge_pages
+from exeunt.ops import _backend
 
 _TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
 _ROWS_AT_ONCE = 4096
-_TURNED = (torch.float32, torch.float16)  # units of 4 bytes side by side: packed_turned() there
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -68,7 +68,10 @@ class PackedHead:
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
         size, scales = tiles * _TILE * lines * _LINE, tiles * _TILE if self.dtype == torch.int8 else 0
         memory = zeros_on_huge_pages((size + 4 * scales,), torch.uint8)  # the scales too: small pages are walked anew
-        self.data = memory[:size].view(stored).view(tiles, lines, _TILE, per_line)
+        # Vector registers, which multiply floats where there are no tile registers, want tiles turned.
+        turned = self.dtype in (torch.float32, torch.float16) and (_backend.cpu is None or _backend.cpu.isa() != "amx")
+        line = (_TILE, _TILE, per_line // _TILE) if turned else (_TILE, per_line)
+        self.data = memory[:size].view(stored).view(tiles, lines, *line)
         self.scale = memory[size:].view(torch.float32) if scales else None
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):
@@ -78,7 +81,7 @@ class PackedHead:
                     scale = rows.abs().amax(1) / 127
                     self.scale[start : start + len(rows)] = scale
                     rows = (rows / scale.clamp_min(1e-38)[:, None]).round() + 128
-                packed = in_tiles(rows.to(stored))
+                packed = in_tiles(rows.to(stored), turned)
                 self.data[start // _TILE :][: len(packed)] = packed
 
     @property
@@ -100,10 +103,10 @@ class PackedHead:
             )
 
 
-def in_tiles(rows: Tensor) -> Tensor:
+def in_tiles(rows: Tensor, turned: bool) -> Tensor:
     """[..., n, D] -> [..., tiles, lines, 16, elements of a line]: as the CPU kernels read packed rows, zeros beyond.
 
-    Of float32 and float16, units of 4 bytes of a tile's 16 rows lie side by side.
+    Turned, the units of 4 bytes of a tile's rows lie side by side: [..., tiles, lines, 16 units, 16, elements of one].
     """
     *outer, n, d = rows.shape
     per_line = _LINE // rows.element_size()
@@ -111,13 +114,7 @@ def in_tiles(rows: Tensor) -> Tensor:
     padded = rows.new_zeros(*outer, tiles * _TILE, lines * per_line)
     padded[..., :n, :d] = rows
     packed = padded.view(*outer, tiles, _TILE, lines, per_line).transpose(-3, -2)
-    return _turn(packed) if rows.dtype in _TURNED else packed
-
-
-def _turn(packed: Tensor) -> Tensor:
-    """Lines of [16 rows, 16 units] become [16 units, 16 rows], or the other way round."""
-    units = packed.unflatten(-1, (_TILE, -1))
-    return units.transpose(-3, -2).flatten(-2)
+    return packed.unflatten(-1, (_TILE, -1)).transpose(-3, -2) if turned else packed
 
 
 def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) -> Tensor:
@@ -127,6 +124,7 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
     if data.dtype == torch.float8_e4m3fn:
         assert scale is not None
         return data.float() * scale[:, None]
-    data = _turn(data) if data.dtype in _TURNED else data
+    if data.dim() == 5:
+        data = data.transpose(2, 3).flatten(3)
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
     return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]

@@ -291,8 +291,8 @@ def _forward(
     return out
 
 
-Layer = tuple[tuple[int, int, bool, int, int, int, int], tuple[int, int, int], int, int, int]
-_NO_LAYER: Layer = ((0, 0, False, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
+Layer = tuple[tuple[int, int, int, int, int, int, int], tuple[int, int, int], int, int, int]
+_NO_LAYER: Layer = ((0, 0, 0, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
 
 
 def layer_arg(weight: Tensor | None, bias: Tensor | None, activation: str) -> Layer:
