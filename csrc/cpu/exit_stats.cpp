@@ -96,13 +96,14 @@ void exit_stats(const ExitStatsParams& p) {
   const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
   Runs runs(layout.chunks, threads);
+  const int group = p.head.dtype == DType::int8 ? 8 : 16;  // rows that lie in the same lines: one thread writes them
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
     double* wide = reinterpret_cast<double*>(panel + layout.panel_size);
     float* row = reinterpret_cast<float*>(wide + p.width);
-#pragma omp for schedule(static, 16)  // rows of a group lie in the same lines: one thread writes them
+#pragma omp for schedule(static, group)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
       isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);

@@ -28,14 +28,18 @@ constexpr int64_t kNumber = 4;             // bytes of a number
 
 // The scale of a row, whose sums its parts will add to. A row that is not finite is flagged: all its products are NaN.
 EXEUNT_INLINE RowScale plane_scale(const float* row, int64_t width) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t d = 0; d < width; ++d) {
-    const float magnitude = row[d] < 0.0f ? -row[d] : row[d];
-    finite = finite && magnitude < std::numeric_limits<float>::infinity();  // NaN compares false
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return {finite ? largest / (127 * 128) : std::numeric_limits<float>::quiet_NaN(), 0, 0};
+  Vec largest{};
+  IVec strange{};
+  const auto see = [&](Vec v) __attribute__((always_inline)) {
+    const Vec magnitude = v < 0.0f ? -v : v;
+    strange |= ~(magnitude < std::numeric_limits<float>::infinity());  // NaN compares false
+    largest = max(magnitude, largest);
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) see(load(row + d));
+  for (; d < width; ++d) see(splat(row[d]));
+  const float most = across(largest, [](Vec a, Vec b) { return max(a, b); })[0];
+  return {any(strange) ? std::numeric_limits<float>::quiet_NaN() : most / (127 * 128), 0, 0};
 }
 
 // The planes of `count` elements of a row, zeros where it has no scale.
