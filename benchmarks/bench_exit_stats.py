@@ -9,8 +9,8 @@ whichever is best, which goes through them likewise; and its multiply-adds at th
 pages, where `exeunt.huge_pages` puts them, or on small ones as torch allocates them; packed copies are always on huge
 ones.
 
-`python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table. All shapes take an hour or
-two; pick with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
+`python benchmarks/table.py FILE ...` turns what `--benchmark-json=FILE` wrote into a table. All cases take an hour; pick
+with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def machine():
     _, rates = peaks.measure(rounds=4)
     best = {name.split()[0]: max(r for n, r in rates.items() if n.startswith(name.split()[0])) for name in rates}
     wide = best.get("float32", float("inf"))
-    half = best.get("bfloat16", wide)  # a float32 product is six of them, a float16 one four (csrc/cpu/product_split.inc)
+    half = best.get(
+        "bfloat16", wide
+    )  # a float32 product is six of them, a float16 one four (csrc/cpu/product_split.inc)
     return lib, {"fp32": max(wide, half / 6) * 1e9, "fp16": max(wide, half / 4) * 1e9, "bf16": half * 1e9}
 
 

@@ -1,6 +1,6 @@
 """Turn the JSON of a benchmark run into the Markdown table that README and docs quote.
 
-`python benchmarks/table.py FILE` prints medians in milliseconds and each peer's time as a multiple of exeunt's; for
+`python benchmarks/table.py FILE ...` prints medians in milliseconds and each peer's time as a multiple of exeunt's; for
 runs that compare two sides in turns (bench_end_to_end.py) the median ratio of neighbouring runs.
 """
 
@@ -21,7 +21,8 @@ def table(results: dict) -> str:
     """Markdown table of bench_exit_stats.py, one row a shape."""
     lines = [
         f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
-        "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's.",
+        "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's, as the "
+        "head lies and packed.",
         "",
         "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -29,10 +30,11 @@ def table(results: dict) -> str:
     for b in results["benchmarks"]:
         info = b["extra_info"]
         t, floor = info["sides"], info["floor"]
-        ours = t["exeunt"]
+        ours, packed = t["exeunt"], t["packed"]
         cells = [f"{floor:.3g} {info['bound'][0]}", f"{ours:.3g} ({floor / ours:.2f})"]
-        cells += [f"{t['packed']:.3g} ({floor / t['packed']:.2f})", f"{t['int8']:.3g}"]
-        cells += [f"{t[peer]:.3g} ({t[peer] / ours:.2f}x)" for peer in ("torch", "torch.compile")]
+        cells += [f"{packed:.3g} ({floor / packed:.2f})", f"{t['int8']:.3g}"]
+        for peer in ("torch", "torch.compile"):
+            cells.append(f"{t[peer]:.3g} ({t[peer] / ours:.2f}x, {t[peer] / packed:.2f}x)")
         case = f"{info['v']} x {info['d']} | {info['dtype']} | {info['pages']} | {info['n']}"
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -106,8 +108,9 @@ def pairs(results: dict) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
-    results = json.loads(parser.parse_args().file.read_text())
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what pytest --benchmark-json wrote")
+    runs = [json.loads(file.read_text()) for file in parser.parse_args().files]
+    results = runs[0] | {"benchmarks": [b for run in runs for b in run["benchmarks"]]}
     info = results["benchmarks"][0]["extra_info"]
     kinds = {"speed": pairs, "fill": fills, "attention": attention, "check": checks}
     print(next((kind for name, kind in kinds.items() if name in info), table)(results))

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunk = 256;
+constexpr int64_t kShare = 64;         // rows that a call of the product takes at most
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
 
 int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 16)); }
@@ -39,7 +40,7 @@ struct Layout {
     drawn = topk + round_up(rows * chunks * k * static_cast<int64_t>(sizeof(Candidate)), 64);
     panels = drawn + round_up(rows * chunks * draws * static_cast<int64_t>(sizeof(Candidate)), 64);
     panel_size = panel_bytes(head, width);
-    row_bytes = round_up(width * static_cast<int64_t>(sizeof(double) + sizeof(float)), 64);
+    row_bytes = round_up(width * static_cast<int64_t>(sizeof(float)), 64);
     total = panels + std::max(1, threads) * (panel_size + row_bytes);
   }
 };
@@ -95,25 +96,29 @@ void exit_stats(const ExitStatsParams& p) {
   const Isa& isa = selected_isa();
   const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
-  Runs runs(layout.chunks, threads);
+  // A chunk meets all rows while it is in a cache; where there are few chunks, some rows each time, so that all threads
+  // have work.
+  const int64_t share = layout.chunks < threads ? kShare : std::max<int64_t>(live, 1);
+  const int64_t shares = (live + share - 1) / share;
+  Runs runs(layout.chunks * shares, threads);
   const int group = p.head.dtype == DType::int8 ? 8 : 16;  // rows that lie in the same lines: one thread writes them
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
-    double* wide = reinterpret_cast<double*>(panel + layout.panel_size);
-    float* row = reinterpret_cast<float*>(wide + p.width);
+    float* row = reinterpret_cast<float*>(panel + layout.panel_size);
 #pragma omp for schedule(static, group)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
-      isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row, wide);
+      isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row);
       isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
     }
-    for (int64_t c, end; runs.next(c, end);)
-      for (; c < end; ++c) {
-        const int64_t begin = c * layout.chunk;
-        isa.exit_stats_chunk({&p, x, out_rows, begin, std::min(begin + layout.chunk, p.vocab), panel, partials + c,
-                              topk + c * p.topk, drawn + c, layout.chunks});
+    for (int64_t i, end; runs.next(i, end);)
+      for (; i < end; ++i) {
+        const int64_t c = i / shares, begin = c * layout.chunk, first = i % shares * share;
+        isa.exit_stats_chunk({&p, x, out_rows, begin, std::min(begin + layout.chunk, p.vocab), first,
+                              std::min(first + share, live), panel, partials + c, topk + c * p.topk, drawn + c,
+                              layout.chunks});
       }
 #pragma omp barrier
 #pragma omp for schedule(static)

@@ -109,8 +109,8 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   IVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
 
-  for (int64_t first = 0; first < a.x.rows; first += block) {
-    const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
+  for (int64_t first = a.first_row; first < a.end_row; first += block) {
+    const int64_t rows = a.end_row - first < block ? a.end_row - first : block;
     alignas(64) LaneStats stats[kMaxRows];
     alignas(64) LaneDraw drawn[kMaxRows];
     TopK top[kMaxRows];

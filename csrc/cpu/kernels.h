@@ -22,7 +22,8 @@ struct PackedRows {
   int64_t rows;     // all of them: it tells how they lie
 };
 
-// Partial statistics of vocabulary rows [begin, end) for the live rows of `p`.
+// Partial statistics of vocabulary rows [begin, end) for some of the live rows of `p`.
+//   rows      [first_row, end_row) of x
 //   x         the packed rows
 //   out_rows  the row of logits_out that each of them writes
 //   panel     scratch for a tile, 64-byte aligned (tile_of() in product.h)
@@ -33,7 +34,7 @@ struct ExitStatsChunkArgs {
   const ExitStatsParams* p;
   PackedRows x;
   const int64_t* out_rows;
-  int64_t begin, end;
+  int64_t begin, end, first_row, end_row;
   char* panel;
   ExitStats* partials;
   Candidate *topk, *drawn;
@@ -45,9 +46,9 @@ struct ExitStatsChunkArgs {
 using Standardise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps,
                              double* wide);
 // x[0..width) = the norm of that row, rounded once to the dtype of the weight that it will meet, as the model's own
-// norm would hand it over. `wide` is scratch for `width` doubles.
+// norm would hand it over.
 using Normalise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm,
-                           DType weight, float* x, double* wide);
+                           DType weight, float* x);
 // rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype and form
 // pack_row    packs row n of x.rows, of `width` floats
 using RowsBytes = int64_t (*)(DType weights, WeightForm form, int64_t rows, int64_t width);
@@ -93,7 +94,7 @@ using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const Ragg
   namespace isa {                                                                                                     \
   void standardise(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps, double* wide);   \
   void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm, DType weight,       \
-                 float* x, double* wide);                                                                             \
+                 float* x);                                                                                           \
   int64_t rows_bytes(DType weights, WeightForm form, int64_t rows, int64_t width);                                    \
   void pack_row(DType weights, WeightForm form, const float* row, int64_t width, int64_t n, PackedRows x);            \
   void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                              \

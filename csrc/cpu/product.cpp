@@ -1,8 +1,8 @@
 // The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time, or
-// some of a packed weight (with tile registers: product_amx.inc).
+// some of a packed weight (with tile registers: product_amx.inc; floats in parts: product_split.inc).
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
-//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how float32 and float16 are packed
+//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how floats are packed for this product
 //   unit             four bytes of a weight row: one float32, two halves, four int8
 //   number           what a product multiplies, four bytes as well: a unit, or one float of those that it widens to
 //                    (product_kinds.h)
@@ -23,9 +23,9 @@
 //                 to two streams than to one
 //
 // Bits: every (row, weight row) product is a sum over blocks of D of sums in its order, whichever way lanes run and
-// wherever the weight lies, so a row's result depends neither on its neighbours nor on the thread.
-// Hazard: the rows of a short tile's end are not the weight's: the epilogue masks their products. A last group may be
-// larger than the rows that are left: the others are zeros.
+// wherever the weight lies (floats in parts are sums of their own), so a row's result depends neither on its neighbours
+// nor on the thread. Hazard: the rows of a short tile's end are not the weight's: the epilogue masks their products. A
+// last group may be larger than the rows that are left: the others are zeros.
 #include "cpu/product.h"
 
 #include <type_traits>

@@ -24,12 +24,11 @@ constexpr double kSerialWork = 1 << 20;    // multiply-adds below which a parall
 constexpr int64_t kSerialLayer = 1 << 17;  // elements of a layer's weight, likewise where one block of rows reads it
 
 struct Layout {
-  int64_t row, packed, scale, pooled, panel, total;
+  int64_t packed, scale, pooled, panel, total;
   Layout(DType weight, int64_t width, int64_t pooler, int64_t all_rows) {
     const int64_t rows = std::min(kRows, all_rows);
     const int64_t widest = std::max(width, pooler);
-    row = round_up(widest * 8, 64);
-    packed = row + round_up(widest * 4, 64);
+    packed = round_up(widest * 4, 64);
     scale = packed + round_up(selected_isa().rows_bytes(weight, WeightForm::lies, rows, widest), 64);
     pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     panel = pooled + round_up(rows * pooler * 4, 64);
@@ -158,8 +157,7 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
   // What already is what the product reads is not widened and rounded.
   const bool as_it_is = p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
                         p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
-  double* wide = reinterpret_cast<double*>(base);
-  float* row = reinterpret_cast<float*>(base + layout.row);
+  float* row = reinterpret_cast<float*>(base);
   float* pooled = reinterpret_cast<float*>(base + layout.pooled);
   const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
   const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale), rows};
@@ -173,7 +171,7 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
     } else if (as_it_is) {
       ready = static_cast<const float*>(p.hidden) + at;
     } else {
-      isa.normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row, wide);
+      isa.normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row);
     }
     isa.pack_row(first.weight.dtype, first.weight.form, ready, p.width, r, x);
   }
