@@ -9,8 +9,8 @@ whichever is best, which goes through them likewise; and its multiply-adds at th
 pages, where `exeunt.huge_pages` puts them, or on small ones as torch allocates them; packed copies are always on huge
 ones.
 
-`python benchmarks/table.py FILE ...` turns what `--benchmark-json=FILE` wrote into a table. All cases take an hour; pick
-with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
+`python benchmarks/table.py FILE ...` turns what `--benchmark-json=FILE` wrote into a table. All cases take an hour;
+pick with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def table(results: dict) -> str:
     """Markdown table of bench_exit_stats.py, one row a shape."""
     lines = [
         f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
-        "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's, as the "
-        "head lies and packed.",
+        "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's, as "
+        "the head lies and packed.",
         "",
         "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
         "|---|---|---|---|---|---|---|---|---|---|",
