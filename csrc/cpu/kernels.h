@@ -56,7 +56,9 @@ using PackRow = void (*)(DType weights, WeightForm form, const float* row, int64
 // out[rows, outputs] = activation(x W^T + b), its columns [begin, end); begin is a multiple of 16
 struct LinearArgs {
   const LayerArg* layer;
-  PackedRows x;
+  PackedRows x;       // packed only if there are 16 outputs: the others are products of rows as they are
+  const float* rows;  // [x.rows, inputs], row_stride elements apart
+  int64_t row_stride;
   char* panel;  // as in ExitStatsChunkArgs; read where tile_of() copies
   float* out;
   int64_t begin, end;

@@ -1,4 +1,5 @@
-// A plain layer for few rows: the streaming product, and bias and activation as its epilogue.
+// A plain layer for few rows: the streaming product, and bias and activation as its epilogue. Weight rows that fill no
+// tile (a head of two classes) are multiplied one by one: a tile of zeros around them would cost more than they do.
 #include "cpu/product.h"
 #include "cpu/vec.h"
 
@@ -16,11 +17,24 @@ EXEUNT_INLINE Vec activated(Vec v, Activation activation) {
   return v;
 }
 
+template <class T>
+EXEUNT_INLINE float dot(const float* x, const T* w, int64_t width) {
+  constexpr int kChains = 4;
+  Vec sum[kChains] = {};
+  int64_t d = 0;
+  for (; d + kChains * kLanes <= width; d += kChains * kLanes)
+    for (int i = 0; i < kChains; ++i) sum[i] += load(x + d + i * kLanes) * load(w + d + i * kLanes);
+  for (; d + kLanes <= width; d += kLanes) sum[0] += load(x + d) * load(w + d);
+  float rest = 0.0f;
+  for (; d < width; ++d) rest += x[d] * to_float(w[d]);
+  return across((sum[0] + sum[1]) + (sum[2] + sum[3]), [](Vec a, Vec b) { return a + b; })[0] + rest;
+}
+
 }  // namespace
 
 void linear_rows(const LinearArgs& a) {
   const LayerArg& layer = *a.layer;
-  const int64_t block = product_rows(layer.weight);
+  const int64_t block = product_rows(layer.weight), tiles_end = a.end - a.end % kTile;
   for (int64_t first = 0; first < a.x.rows; first += block) {
     const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
     const auto epilogue = [&](int64_t at, int count, float (*z)[kTile], const Ahead&) {
@@ -34,7 +48,16 @@ void linear_rows(const LinearArgs& a) {
       }
     };
     const Stream stream{layer.weight, layer.inputs, nullptr, a.panel, nullptr};
-    product(stream, a.begin, a.end, a.x, first, rows, epilogue_of(epilogue));
+    if (a.begin < tiles_end) product(stream, a.begin, tiles_end, a.x, first, rows, epilogue_of(epilogue));
+    if (tiles_end == a.end) continue;
+    alignas(64) float z[kMaxRows][kTile] = {};
+    typed(layer.weight.data, layer.weight.dtype, [&](auto* w) {
+      const int64_t stride = layer.weight.row_stride / static_cast<int64_t>(sizeof *w);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t o = tiles_end; o < a.end; ++o)
+          z[r][o - tiles_end] = dot(a.rows + (first + r) * a.row_stride, w + o * stride, layer.inputs);
+    });
+    epilogue(tiles_end, static_cast<int>(a.end - tiles_end), z, {});
   }
 }
 

@@ -28,7 +28,7 @@ struct Layout {
   Layout(DType weight, int64_t width, int64_t pooler, int64_t all_rows) {
     const int64_t rows = std::min(kRows, all_rows);
     const int64_t widest = std::max(width, pooler);
-    packed = round_up(widest * 4, 64);
+    packed = round_up(rows * widest * 4, 64);
     scale = packed + round_up(selected_isa().rows_bytes(weight, WeightForm::lies, rows, widest), 64);
     pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     panel = pooled + round_up(rows * pooler * 4, 64);
@@ -43,7 +43,8 @@ int threads_for(int64_t rows, int threads) {
 
 // out[rows, outputs] of a layer for one block of rows. Threads share it only where rows are whole lines: then no tile
 // but the last is copied to the panel, so that one thread writes there.
-void linear(const LayerArg& layer, PackedRows x, char* panel, float* out, int threads) {
+void linear(const LayerArg& layer, PackedRows x, const float* rows, int64_t row_stride, char* panel, float* out,
+            int threads) {
   const int64_t tiles = (layer.outputs + 15) / 16;
   const bool shared =
       layer.outputs * layer.inputs >= kSerialLayer && layer.inputs * element_bytes(layer.weight.dtype) % 64 == 0;
@@ -51,7 +52,7 @@ void linear(const LayerArg& layer, PackedRows x, char* panel, float* out, int th
 #pragma omp parallel for num_threads(static_cast<int>(parts)) if (parts > 1) schedule(static)
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t end = std::min(tiles * (part + 1) / parts * 16, layer.outputs);
-    selected_isa().linear_rows({&layer, x, panel, out, tiles * part / parts * 16, end});
+    selected_isa().linear_rows({&layer, x, rows, row_stride, panel, out, tiles * part / parts * 16, end});
   }
 }
 
@@ -155,35 +156,39 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
   const Isa& isa = selected_isa();
   const LayerArg& first = p.pooled ? p.pooler : p.head;
   // What already is what the product reads is not widened and rounded.
-  const bool as_it_is = p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
+  const bool mean = p.tokens > 1 || p.mask;
+  const bool as_it_is = !mean && p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
                         p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
-  float* row = reinterpret_cast<float*>(base);
+  float* own = reinterpret_cast<float*>(base);
+  const float* ready = as_it_is ? static_cast<const float*>(p.hidden) + block * kRows * p.hidden_stride : own;
+  int64_t ready_stride = as_it_is ? p.hidden_stride : p.width;
   float* pooled = reinterpret_cast<float*>(base + layout.pooled);
   const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
   const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale), rows};
   for (int64_t r = 0; r < rows; ++r) {
-    const float* ready = row;
+    float* row = own + r * p.width;
     const int64_t at = (begin + r) * p.hidden_stride;
-    if (p.tokens > 1 || p.mask) {
+    if (mean) {
       mean_of_tokens(p, begin + r, row);
       if (first.weight.dtype != DType::float32)
         for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(first.weight.dtype, row[d]);
-    } else if (as_it_is) {
-      ready = static_cast<const float*>(p.hidden) + at;
-    } else {
+    } else if (!as_it_is) {
       isa.normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row);
     }
-    isa.pack_row(first.weight.dtype, first.weight.form, ready, p.width, r, x);
+    if (first.outputs >= 16)
+      isa.pack_row(first.weight.dtype, first.weight.form, ready + r * ready_stride, p.width, r, x);
   }
   if (p.pooled) {
-    linear(p.pooler, x, base + layout.panel, pooled, threads);
+    linear(p.pooler, x, ready, ready_stride, base + layout.panel, pooled, threads);
     for (int64_t r = 0; r < rows; ++r) {
       float* values = pooled + r * p.pooler.outputs;
       for (int64_t d = 0; d < p.pooler.outputs; ++d) values[d] = rounded_to(p.head.weight.dtype, values[d]);
-      isa.pack_row(p.head.weight.dtype, p.head.weight.form, values, p.pooler.outputs, r, x);
+      if (p.head.outputs >= 16) isa.pack_row(p.head.weight.dtype, p.head.weight.form, values, p.pooler.outputs, r, x);
     }
+    ready = pooled;
+    ready_stride = p.pooler.outputs;
   }
-  linear(p.head, x, base + layout.panel, p.out + begin * p.head.outputs, threads);
+  linear(p.head, x, ready, ready_stride, base + layout.panel, p.out + begin * p.head.outputs, threads);
   return judge(p, begin, rows);
 }
 
