@@ -30,8 +30,8 @@ class Emulated:
         self.module.set_schedule(1)  # threads in random order, some copies early
         self.module.set_capability(capability)
 
-    def exit_stats_workspace(self, *args):
-        return self.module.exit_stats_workspace(*args[:-1])
+    def exit_stats_workspace(self, dtype, _form, *args):
+        return self.module.exit_stats_workspace(dtype, *args[:-1])
 
     def exit_stats(self, *args):
         self.module.exit_stats(*args[:-1], 0, 0)
