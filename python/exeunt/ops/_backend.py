@@ -126,7 +126,7 @@ def vector_arg(t: Tensor | None) -> tuple[int, int, int]:
 def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
     """A weight [V, D] of unit stride along D, or what a PackedHead or Fp8Head holds, as WeightArg of core/params.h."""
     dtype = DTYPES[weight.dtype] if weight.dtype in DTYPES else _NARROW[weight.dtype]
-    if weight.dim() > 2:
+    if weight.dim() > 2:  # 4: tiles; 5: turned (packed_head.in_tiles)
         tile = weight.shape[1] * 1024
         return weight.data_ptr(), dtype, weight.dim() - 3, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
     row = weight.stride(0) * weight.element_size()
