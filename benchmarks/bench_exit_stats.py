@@ -76,9 +76,8 @@ def machine():
     _, rates = peaks.measure(rounds=4)
     best = {name.split()[0]: max(r for n, r in rates.items() if n.startswith(name.split()[0])) for name in rates}
     wide = best.get("float32", float("inf"))
-    half = best.get(
-        "bfloat16", wide
-    )  # a float32 product is six of them, a float16 one four (csrc/cpu/product_split.inc)
+    # A packed float32 product is six bfloat16 ones, a float16 one four: csrc/cpu/product_split.inc.
+    half = best.get("bfloat16", wide)
     return lib, {"fp32": max(wide, half / 6) * 1e9, "fp16": max(wide, half / 4) * 1e9, "bf16": half * 1e9}
 
 

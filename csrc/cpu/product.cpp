@@ -23,9 +23,11 @@
 //                 to two streams than to one
 //
 // Bits: every (row, weight row) product is a sum over blocks of D of sums in its order, whichever way lanes run and
-// wherever the weight lies (floats in parts are sums of their own), so a row's result depends neither on its neighbours
-// nor on the thread. Hazard: the rows of a short tile's end are not the weight's: the epilogue masks their products. A
-// last group may be larger than the rows that are left: the others are zeros.
+// wherever the weight lies (floats in parts: product_split.inc), so a row's result depends neither on its neighbours
+// nor on the thread.
+//
+// Hazard: the rows of a short tile's end are not the weight's: the epilogue masks their products. A last group may be
+// larger than the rows that are left: the others are zeros.
 #include "cpu/product.h"
 
 #include <type_traits>
@@ -116,7 +118,13 @@ EXEUNT_INLINE void fetch_to_write(char* to, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(to + at, 1, 3);
 }
 
-// Products, or those of planes one after the other, to the epilogue; of the next tile so many lines have been fetched.
+// Products to the epilogue; of the next tile so many lines have been fetched.
+EXEUNT_INLINE void hand_on(const Tile& tile, float (*z)[kTile], Epilogue epilogue, int64_t fetched) {
+  epilogue.call(epilogue.self, tile.at, tile.count, z,
+                {tile.next + fetched * tile.line_stride, tile.row_stride, tile.line_stride});
+}
+
+// The same with products that have yet to be scaled, or those of planes one after the other.
 template <class K>
 EXEUNT_INLINE void hand_over(const Tile& tile, PackedRows x, int64_t first, int64_t rows, float (*z)[kTile],
                              Epilogue epilogue, int64_t fetched) {
@@ -124,8 +132,7 @@ EXEUNT_INLINE void hand_over(const Tile& tile, PackedRows x, int64_t first, int6
     K::finish(z[r * K::kPlanes], x.scale[first + r], tile.scale);
     if (K::kPlanes > 1) __builtin_memmove(z[r], z[r * K::kPlanes], sizeof z[r]);
   }
-  epilogue.call(epilogue.self, tile.at, tile.count, z,
-                {tile.next + fetched * tile.line_stride, tile.row_stride, tile.line_stride});
+  hand_on(tile, z, epilogue, fetched);
 }
 
 // ---- the product in vector registers --------------------------------------------------------------------------------

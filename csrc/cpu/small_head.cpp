@@ -41,8 +41,8 @@ int threads_for(int64_t rows, int threads) {
   return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
 }
 
-// out[rows, outputs] of a layer for one block of rows. Threads share it only where rows are whole lines: then no tile
-// but the last is copied to the panel, so that one thread writes there.
+// out[rows, outputs] of a layer for one block of rows. Threads share it only where rows are whole lines: else tiles are
+// copied to the panel, which is one thread's.
 void linear(const LayerArg& layer, PackedRows x, const float* rows, int64_t row_stride, char* panel, float* out,
             int threads) {
   const int64_t tiles = (layer.outputs + 15) / 16;
@@ -122,6 +122,17 @@ double score_of(const ExitStats& s, Measure measure, int64_t classes) {
       break;
   }
   return std::numeric_limits<double>::quiet_NaN();
+}
+
+// Sum of f(d) over [0, width) in eight interleaved parts, so that additions overlap; always in the same order.
+template <class F>
+double sum_of(int64_t width, F f) {
+  double part[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= width; d += 8)
+    for (int i = 0; i < 8; ++i) part[i] += f(d + i);
+  for (int i = 0; d < width; ++d, ++i) part[i] += f(d);
+  return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
 // How many rows leave, and of how many float32 arithmetic in another order might say something else.

@@ -167,12 +167,17 @@ class KVStack:
         """Whether a projection was changed in place after it was packed."""
         return [t._version for t in self._packed_from] != self._versions
 
+    @property
+    def _packed_form(self) -> int:
+        """``WeightForm`` of csrc/core/params.h: few rows are multiplied by vector registers, except in bfloat16."""
+        return 1 if self.dtype == torch.bfloat16 else 2
+
     def _packed(self) -> Tensor:
         """[L, 2, Hkv, tiles, lines, ...]: keys and values, in the order in which they are read."""
         if self.device.type != "cpu":
             raise ValueError(f"KVStack: packed needs weights on cpu, got {self.device}")
         with torch.no_grad():
-            turned = self.dtype != torch.bfloat16  # for few rows, which vector registers multiply
+            turned = self._packed_form == 2
             first = in_tiles(self.layers[0].key, turned)
             copy = zeros_on_huge_pages((len(self), 2, *first.shape), self.dtype)
             for own, layer in zip(copy, self.layers, strict=True):
@@ -187,7 +192,7 @@ class KVStack:
     @cached_property
     def packed_kernel(self) -> Any:
         """The same over the packed copy."""
-        return self._kernel_over(self._copy, form=1 if self.dtype == torch.bfloat16 else 2)
+        return self._kernel_over(self._copy, form=self._packed_form)
 
     def kernel_for(self, rows: int) -> Any:
         """The faster of the two for so many rows."""
