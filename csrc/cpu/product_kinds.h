@@ -20,6 +20,23 @@ namespace {
 constexpr int64_t kUnit = 4, kUnits = 16;  // bytes of a unit, units of a line
 constexpr int64_t kNumber = 4;             // bytes of a number
 
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+// `Count` numbers of a hidden or weight row, over all lanes.
+template <int Count>
+EXEUNT_INLINE Vec spread(const char* p) {
+  if constexpr (Count == 2) {
+    int64_t pair;
+    int64_t __attribute__((vector_size(kLanes * 4))) pairs = {};
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return bits<Vec>(pairs + pair);
+  } else {
+    float value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return splat(value);
+  }
+}
+
 // ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
 
 // Integer products are exact, so a row is split rather than rounded: q = round(x / scale), |q| <= 127 * 128, is
@@ -81,6 +98,9 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const float* weight_
 // kNumbers   of a unit
 // kChains    sums that the numbers of a product go to in turns
 // kSums      registers of sums over a tile's 16 columns
+// kSwaps     a product's operands may swap, and an instruction spreads the number that it reads from memory
+// add        a register of sums += weights times hidden numbers, one of them spread
+// add_spread the same with kChains hidden numbers that lie in memory
 // widen      a line of a weight row -> its numbers
 // turned     a unit of kLanes columns -> kSums registers for each kChains of its numbers, kSums apart
 // put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step + n % kChains *
@@ -90,7 +110,9 @@ template <int Numbers, int Chains>
 struct FloatKind {
   using Sum = Vec;
   static constexpr int kPlanes = 1, kNumbers = Numbers, kChains = Chains, kSums = kTile * Chains / kLanes;
+  static constexpr bool kSwaps = false;  // compilers see to it
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
+  EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) { sum += w * spread<Chains>(number); }
   EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* const* out, int64_t step, int64_t next,
                          RowScale&) {
@@ -149,6 +171,11 @@ struct UnitKind {
   static constexpr int kNumbers = 1, kChains = 1, kSums = 1;
   EXEUNT_INLINE void widen(const char* line, float* to) { __builtin_memcpy(to, line, kLine); }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
+  // The numbers of a line, `step` bytes apart.
+  EXEUNT_INLINE void scatter(const void* line, char* to, int64_t step) {
+    for (int64_t u = 0; u < kUnits; ++u)
+      __builtin_memcpy(to + u * step, static_cast<const char*>(line) + u * kUnit, kUnit);
+  }
 };
 #endif
 
@@ -156,14 +183,20 @@ struct UnitKind {
 // Two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
 struct Bfloat16Pairs : UnitKind<Vec> {
   static constexpr int kPlanes = 1;
+  static constexpr bool kSwaps = true;
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+  // Spread by the instruction itself, which GCC does not know: an instruction of its own takes a third as long again.
+  EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
+    asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
+  }
   EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* const* out, int64_t step, int64_t,
                          RowScale&) {
-    for (int64_t n = 0; n < numbers; ++n) {
-      BFloat16 pair[2] = {};
-      for (int64_t d = 2 * n; d < 2 * n + 2 && d < width; ++d) pair[d % 2] = to_bfloat16(row[d]);
-      __builtin_memcpy(out[0] + n * step, pair, sizeof pair);
+    for (int64_t n = 0; n < numbers; n += kUnits) {  // a line at a time: the rounding is vectorised
+      BFloat16 line[2 * kUnits] = {};
+      const int64_t left = width - 2 * n, count = left < 2 * kUnits ? left : 2 * kUnits;
+      for (int64_t d = 0; d < count; ++d) line[d] = to_bfloat16(row[2 * n + d]);
+      scatter(line, out[0] + n * step, step);
     }
   }
 };
@@ -172,18 +205,22 @@ struct Bfloat16Pairs : UnitKind<Vec> {
 #if defined(__AVX512VNNI__)
 struct Int8Planes : UnitKind<IVec> {
   static constexpr int kPlanes = 2;
+  static constexpr bool kSwaps = false;  // unsigned times signed
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) {
     sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+  }
+  EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
+    asm("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
   }
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* const* out, int64_t step, int64_t,
                          RowScale& s) {
     s = plane_scale(row, width);
-    for (int64_t n = 0; n < numbers; ++n) {
-      int8_t high[4] = {}, low[4] = {};
-      const int64_t left = width - 4 * n;
-      if (left > 0) split_planes(row + 4 * n, left < 4 ? left : 4, s, high, low);
-      __builtin_memcpy(out[0] + n * step, high, sizeof high);
-      __builtin_memcpy(out[1] + n * step, low, sizeof low);
+    for (int64_t n = 0; n < numbers; n += kUnits) {
+      int8_t high[4 * kUnits] = {}, low[4 * kUnits] = {};
+      const int64_t left = width - 4 * n, count = left < 4 * kUnits ? left : 4 * kUnits;
+      split_planes(row + 4 * n, count, s, high, low);
+      scatter(high, out[0] + n * step, step);
+      scatter(low, out[1] + n * step, step);
     }
   }
   EXEUNT_INLINE void finish(float* z, const RowScale& s, const float* weight_scale) { join_planes(z, s, weight_scale); }

@@ -195,16 +195,16 @@ int main() {
   float16_is_exact();
   for (const char* isa : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (cpu::select_isa(isa) != isa) continue;  // not on this machine
-    for (int64_t n : {1, 2, 5, 66})
+    for (int64_t n : {1, 2, 5, 20, 66})
       for (int64_t v : {1, 3, 35, 130, 515})
         for (int64_t d : {1, 31, 33, 96}) {
           for (WeightForm form : {WeightForm::lies, WeightForm::tiles, WeightForm::turned}) {
             matches_a_plain_loop<float>(DType::float32, form, n, v, d, false);
             matches_a_plain_loop<Float16>(DType::float16, form, n, v, d, false);
-            if (form != WeightForm::turned) matches_a_plain_loop<BFloat16>(DType::bfloat16, form, n, v, d, false);
+            matches_a_plain_loop<BFloat16>(DType::bfloat16, form, n, v, d, false);
           }
         }
-    for (WeightForm form : {WeightForm::lies, WeightForm::tiles}) {
+    for (WeightForm form : {WeightForm::lies, WeightForm::tiles, WeightForm::turned}) {
       matches_a_plain_loop<float>(DType::float32, form, 3, 40, 64, true);
       matches_a_plain_loop<BFloat16>(DType::bfloat16, form, 3, 40, 64, true);
       matches_a_plain_loop<Float16>(DType::float16, form, 3, 40, 64, true);

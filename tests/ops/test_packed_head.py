@@ -17,13 +17,13 @@ SHAPES = [(1, 1), (2, 31), (16, 64), (35, 33), (130, 576), (4500, 96), (35, 1100
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v,d", SHAPES)
 def test_a_packed_head_gives_the_bits_of_the_weight_as_it_lies(isa, v, d, dtype):
-    hidden, head = make(21, v, d, dtype)
+    hidden, head = make(100, v, d, dtype)
     packed = PackedHead(head)
     assert torch.equal(packed.unpack(), head) and packed.shape == (v, d)
     if isa == "amx" and dtype != torch.bfloat16:
         return  # in parts: the tests of parts below
     args = norm_args("rms", d, dtype)
-    for n in (1, 2, 5, 9, 21):
+    for n in (1, 2, 5, 9, 21, 33, 64, 100):
         for a, b in zip(
             ops.exit_stats(hidden[:n], packed, **args), ops.exit_stats(hidden[:n], head, **args), strict=True
         ):
@@ -105,7 +105,7 @@ def test_int8_rows_keep_their_bits_in_any_batch_and_flag_what_is_not_finite(isa)
     hidden, head = make(40, 700, 130, torch.float32)
     packed = PackedHead(head, torch.int8)
     every = ops.exit_stats(hidden, packed)
-    for size in (1, 3, 8):
+    for size in (1, 3, 8, 9, 17, 33):
         parts = [ops.exit_stats(hidden[i : i + size], packed)[:5] for i in range(0, 40, size)]
         for a, b in zip(zip(*parts, strict=True), every[:5], strict=True):
             assert torch.equal(torch.cat(a), b)

@@ -13,7 +13,7 @@ from torch import Tensor
 from exeunt.memory import zeros_on_huge_pages
 from exeunt.ops import _backend
 from exeunt.ops._backend import DTYPES, NORMS, pointer
-from exeunt.ops.packed_head import in_tiles
+from exeunt.ops.packed_head import in_tiles, vectors_multiply
 
 __all__ = ["KVCache", "KVLayer", "KVStack"]
 
@@ -169,8 +169,8 @@ class KVStack:
 
     @property
     def _packed_form(self) -> int:
-        """``WeightForm`` of csrc/core/params.h: few rows are multiplied by vector registers, except in bfloat16."""
-        return 1 if self.dtype == torch.bfloat16 else 2
+        """``WeightForm`` of csrc/core/params.h: of floats, tile registers would multiply parts, and give other bits."""
+        return 2 if self.dtype != torch.bfloat16 or vectors_multiply() else 1
 
     def _packed(self) -> Tensor:
         """[L, 2, Hkv, tiles, lines, ...]: keys and values, in the order in which they are read."""
@@ -195,9 +195,8 @@ class KVStack:
         return self._kernel_over(self._copy, form=self._packed_form)
 
     def kernel_for(self, rows: int) -> Any:
-        """The faster of the two for so many rows."""
-        few = rows <= 8 or self.dtype == torch.bfloat16  # float32 and float16 are packed for few rows
-        return self.packed_kernel if self._copy is not None and few else self.kernel
+        """The packed copy, where there is one."""
+        return self.packed_kernel if self._copy is not None else self.kernel
 
     def _kernel_over(self, projections: Any, form: int) -> Any:
         kernels = _backend.kernels(self.device)

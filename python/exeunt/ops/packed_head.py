@@ -69,8 +69,7 @@ class PackedHead:
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
         size, scales = tiles * _TILE * lines * _LINE, tiles * _TILE if self.dtype == torch.int8 else 0
         memory = zeros_on_huge_pages((size + 4 * scales,), torch.uint8)  # the scales too: small pages are walked anew
-        # Vector registers, which multiply floats where there are no tile registers, want tiles turned.
-        turned = self.dtype in (torch.float32, torch.float16) and (_backend.cpu is None or _backend.cpu.isa() != "amx")
+        turned = vectors_multiply()
         line = (_TILE, _TILE, per_line // _TILE) if turned else (_TILE, per_line)
         self.data = memory[:size].view(stored).view(tiles, lines, *line)
         self.scale = memory[size:].view(torch.float32) if scales else None
@@ -102,6 +101,11 @@ class PackedHead:
                 "PackedHead: its weight must be as it was when packed, but it was changed in place since "
                 f"(version {source._version}, packed at {self._version}): pack it again"
             )
+
+
+def vectors_multiply() -> bool:
+    """Whether vector registers do, for want of tile registers: they want tiles turned."""
+    return _backend.cpu is None or _backend.cpu.isa() != "amx"
 
 
 def in_tiles(rows: Tensor, turned: bool) -> Tensor:
