@@ -1,7 +1,7 @@
 // exit_stats on CPU: normalise and pack the rows once, run the vocabulary chunks on the threads, merge each row's
 // partials.
 //
-//   workspace: | packed rows | RowScale [M] | out_rows [M] int64 | partials, topk, drawn [M, chunks] |
+//   workspace: | rows, packed or plain | RowScale [M] | out_rows [M] int64 | partials, topk, drawn [M, chunks] |
 //              | per thread: panel, one row |
 //
 // Chunks are fixed by V alone and merged in order, so the bits do not depend on the number of threads.
@@ -27,13 +27,17 @@ constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel r
 
 int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 16)); }
 
+// Whether a head as it lies has too few rows for a tile: its products are taken one by one, of rows that nobody packs.
+bool one_by_one(WeightForm form, int64_t vocab) { return vocab < 16 && form == WeightForm::lies; }
+
 // Where everything lies in the workspace, each part on a 64-byte boundary.
 struct Layout {
   int64_t chunk, chunks, scale, out_rows, partials, topk, drawn, panels, panel_size, row_bytes, total;
   Layout(DType head, WeightForm form, int64_t rows, int64_t vocab, int64_t width, int32_t k, bool draws,
          int32_t threads)
       : chunk(chunk_size(vocab)), chunks((vocab + chunk - 1) / chunk) {
-    scale = round_up(selected_isa().rows_bytes(head, form, rows, width), 64);
+    const int64_t plain = one_by_one(form, vocab) ? rows * width * static_cast<int64_t>(sizeof(float)) : 0;
+    scale = round_up(std::max(selected_isa().rows_bytes(head, form, rows, width), plain), 64);
     out_rows = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
     partials = out_rows + round_up(rows * static_cast<int64_t>(sizeof(int64_t)), 64);
     topk = partials + round_up(rows * chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
@@ -93,6 +97,8 @@ void exit_stats(const ExitStatsParams& p) {
   Candidate* drawn = reinterpret_cast<Candidate*>(workspace + layout.drawn);
   const int64_t live = p.count ? std::clamp<int64_t>(index_at(p.count, p.count_64, 0), 0, p.rows) : p.rows;
   const PackedRows x{workspace, reinterpret_cast<RowScale*>(workspace + layout.scale), live};
+  // Named columns have the bits that they have beside all others.
+  float* plain = one_by_one(p.head.form, p.vocab) && !p.columns ? reinterpret_cast<float*>(workspace) : nullptr;
   const Isa& isa = selected_isa();
   const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
@@ -106,17 +112,18 @@ void exit_stats(const ExitStatsParams& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
-    float* row = reinterpret_cast<float*>(panel + layout.panel_size);
+    float* own = reinterpret_cast<float*>(panel + layout.panel_size);
 #pragma omp for schedule(static, group)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
+      float* row = plain ? plain + r * p.width : own;
       isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row);
-      isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
+      if (!plain) isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
     }
     for (int64_t i, end; runs.next(i, end);)
       for (; i < end; ++i) {
         const int64_t c = i / shares, begin = c * layout.chunk, first = i % shares * share;
-        isa.exit_stats_chunk({&p, x, out_rows, begin, std::min(begin + layout.chunk, p.vocab), first,
+        isa.exit_stats_chunk({&p, x, plain, out_rows, begin, std::min(begin + layout.chunk, p.vocab), first,
                               std::min(first + share, live), panel, partials + c, topk + c * p.topk, drawn + c,
                               layout.chunks});
       }

@@ -24,7 +24,8 @@ struct PackedRows {
 
 // Partial statistics of vocabulary rows [begin, end) for some of the live rows of `p`.
 //   rows      [first_row, end_row) of x
-//   x         the packed rows
+//   x         the packed rows, or
+//   plain     the rows [x.rows, width] as they are, where each vocabulary row is multiplied for itself
 //   out_rows  the row of logits_out that each of them writes
 //   panel     scratch for a tile, 64-byte aligned (tile_of() in product.h)
 //   partials  [rows, partial_stride], this chunk's column; so are
@@ -33,6 +34,7 @@ struct PackedRows {
 struct ExitStatsChunkArgs {
   const ExitStatsParams* p;
   PackedRows x;
+  const float* plain;
   const int64_t* out_rows;
   int64_t begin, end, first_row, end_row;
   char* panel;

@@ -1,7 +1,7 @@
 // A plain layer for few rows: the streaming product, and bias and activation as its epilogue. Weight rows that fill no
 // tile (a head of two classes) are multiplied one by one: a tile of zeros around them would cost more than they do.
+#include "cpu/dot.h"
 #include "cpu/product.h"
-#include "cpu/vec.h"
 
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
@@ -15,19 +15,6 @@ EXEUNT_INLINE Vec activated(Vec v, Activation activation) {
     return v == v ? result : v;
   }
   return v;
-}
-
-template <class T>
-EXEUNT_INLINE float dot(const float* x, const T* w, int64_t width) {
-  constexpr int kChains = 4;
-  Vec sum[kChains] = {};
-  int64_t d = 0;
-  for (; d + kChains * kLanes <= width; d += kChains * kLanes)
-    for (int i = 0; i < kChains; ++i) sum[i] += load(x + d + i * kLanes) * load(w + d + i * kLanes);
-  for (; d + kLanes <= width; d += kLanes) sum[0] += load(x + d) * load(w + d);
-  float rest = 0.0f;
-  for (; d < width; ++d) rest += x[d] * to_float(w[d]);
-  return across((sum[0] + sum[1]) + (sum[2] + sum[3]), [](Vec a, Vec b) { return a + b; })[0] + rest;
 }
 
 }  // namespace
@@ -51,12 +38,8 @@ void linear_rows(const LinearArgs& a) {
     if (a.begin < tiles_end) product(stream, a.begin, tiles_end, a.x, first, rows, epilogue_of(epilogue));
     if (tiles_end == a.end) continue;
     alignas(64) float z[kMaxRows][kTile] = {};
-    typed(layer.weight.data, layer.weight.dtype, [&](auto* w) {
-      const int64_t stride = layer.weight.row_stride / static_cast<int64_t>(sizeof *w);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t o = tiles_end; o < a.end; ++o)
-          z[r][o - tiles_end] = dot(a.rows + (first + r) * a.row_stride, w + o * stride, layer.inputs);
-    });
+    for (int64_t r = 0; r < rows; ++r)
+      dots(a.rows + (first + r) * a.row_stride, layer.inputs, layer.weight, tiles_end, a.end, z[r]);
     epilogue(tiles_end, static_cast<int>(a.end - tiles_end), z, {});
   }
 }

@@ -51,11 +51,22 @@ EXEUNT_INLINE Statistic statistic(const T* row, int64_t width, Norm kind, float 
 // values[0..count) = elements [begin, begin + count) of a vector.
 void widen(const VectorArg& vector, int64_t begin, int64_t count, float* values) {
   typed(vector.data, vector.dtype, [&](auto* v) {
-    if (vector.stride == 1)
-      for (int64_t d = 0; d < count; ++d) values[d] = to_float(v[begin + d]);
-    else
-      for (int64_t d = 0; d < count; ++d) values[d] = to_float(v[(begin + d) * vector.stride]);
+    int64_t d = 0;
+    for (; vector.stride == 1 && d + kLanes <= count; d += kLanes) store(values + d, load(v + begin + d));
+    for (; d < count; ++d) values[d] = to_float(v[(begin + d) * vector.stride]);
   });
+}
+
+// What float16 leaves of each value.
+void round_to_half(float* x, int64_t count) {
+  int64_t d = 0;
+#if defined(__F16C__)
+  for (; d + 8 <= count; d += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + d), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_ps(x + d, _mm256_cvtph_ps(half));
+  }
+#endif
+  for (; d < count; ++d) x[d] = to_float(to_float16(x[d]));
 }
 
 }  // namespace
@@ -75,18 +86,21 @@ void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const
   for (int64_t d = 0; d < kStrip; ++d) gain[d] = 1.0f, shift[d] = 0.0f;
   widen({hidden, dtype, 1}, at, width, x);
   const Statistic s = statistic(x, width, norm.kind, norm.eps);
+  const bool shifts = s.mean != 0.0 || norm.bias.data;
   for (int64_t begin = 0; begin < width; begin += kStrip) {
     const int64_t count = width - begin < kStrip ? width - begin : kStrip;
     if (norm.weight.data) widen(norm.weight, begin, count, gain);
     if (norm.bias.data) widen(norm.bias, begin, count, shift);
     float* strip = x + begin;
-    for (int64_t d = 0; d < count; ++d)
-      strip[d] = static_cast<float>((strip[d] - s.mean) * s.rstd * gain[d] + shift[d]);
+    if (shifts)
+      for (int64_t d = 0; d < count; ++d)
+        strip[d] = static_cast<float>((strip[d] - s.mean) * s.rstd * gain[d] + shift[d]);
+    else
+      for (int64_t d = 0; d < count; ++d) strip[d] = static_cast<float>(strip[d] * s.rstd * gain[d]);
   }
   if (weight == DType::bfloat16)
     for (int64_t d = 0; d < width; ++d) x[d] = to_float(to_bfloat16(x[d]));
-  if (weight == DType::float16)
-    for (int64_t d = 0; d < width; ++d) x[d] = to_float(to_float16(x[d]));
+  if (weight == DType::float16) round_to_half(x, width);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

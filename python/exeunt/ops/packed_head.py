@@ -63,6 +63,10 @@ class PackedHead:
         v, d = self.shape
         self._source = weakref.ref(weight)
         self._version = weight._version
+        if v < _TILE and self.dtype != torch.int8:  # no tile to fill: such rows are multiplied one by one, as they lie
+            self.data = weight.detach().to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+            self.scale = None
+            return
         element = torch.empty(0, dtype=self.dtype).element_size()
         per_line = _LINE // element
         tiles, lines = -(-v // _TILE), -(-d // per_line)
@@ -129,6 +133,8 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
     if data.dtype == torch.float8_e4m3fn:
         assert scale is not None
         return data.float() * scale[:, None]
+    if data.dim() == 2:
+        return data
     if data.dim() == 5:
         data = data.transpose(2, 3).flatten(3)
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
