@@ -1,7 +1,7 @@
 // The tile instructions that the AMX kernels use, in plain C++: their logic runs on any CPU, under sanitizers too.
 // Shapes come from the loaded configuration, as in the hardware; using a tile before it is shaped or beyond what was
-// configured aborts. It cannot show speed. Rounding: the hardware adds the pairs of a line in a fixed order in float32,
-// denormals flushed; here they are added in order of the pairs.
+// configured aborts. It cannot show speed. Sums of bfloat16 are rounded where Intel's manual rounds them; only
+// denormals are not flushed.
 #pragma once
 #include <immintrin.h>  // its own tile intrinsics give way below
 
@@ -70,7 +70,8 @@ float bfloat16(const unsigned char* p) {
   return value;
 }
 
-// sum[m][n] += a[m][4 bytes k] . b[k][4 bytes n], the four bytes taken as two bfloat16 or as four integers
+// sum[m][n] = dot(sum[m][n], groups, x, y), where x(k) = a[m][4 bytes k] and y(k) = b[k][4 bytes n], k < groups: two
+// bfloat16 each, or four integers
 template <class Sum, class Dot>
 void multiply(int s, int a, int b, Dot dot) {
   Tile &ts = shaped(s), &ta = shaped(a), &tb = shaped(b);
@@ -79,21 +80,28 @@ void multiply(int s, int a, int b, Dot dot) {
     for (int n = 0; n < ts.bytes / 4; ++n) {
       Sum sum;
       std::memcpy(&sum, ts.data[m] + 4 * n, sizeof sum);
-      for (int k = 0; k < ta.bytes / 4; ++k) sum = dot(sum, ta.data[m] + 4 * k, tb.data[k] + 4 * n);
+      sum =
+          dot(sum, ta.bytes / 4, [&](int k) { return ta.data[m] + 4 * k; }, [&](int k) { return tb.data[k] + 4 * n; });
       std::memcpy(ts.data[m] + 4 * n, &sum, sizeof sum);
     }
 }
 
+// Even and odd elements of a line are sums of their own, which begin at zero: the sum before is rounded once a line.
 void multiply_bfloat16(int s, int a, int b) {
-  multiply<float>(s, a, b, [](float sum, const unsigned char* x, const unsigned char* y) {
-    sum += bfloat16(x) * bfloat16(y);
-    return sum + bfloat16(x + 2) * bfloat16(y + 2);
+  multiply<float>(s, a, b, [](float sum, int groups, auto x, auto y) {
+    float even = 0.0f, odd = 0.0f;
+    for (int k = 0; k < groups; ++k) {
+      even = __builtin_fmaf(bfloat16(x(k)), bfloat16(y(k)), even);
+      odd = __builtin_fmaf(bfloat16(x(k) + 2), bfloat16(y(k) + 2), odd);
+    }
+    return sum + (even + odd);
   });
 }
 
 [[maybe_unused]] void multiply_unsigned_signed(int s, int a, int b) {
-  multiply<int32_t>(s, a, b, [](int32_t sum, const unsigned char* x, const unsigned char* y) {
-    for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>(x[i]) * static_cast<int8_t>(y[i]);
+  multiply<int32_t>(s, a, b, [](int32_t sum, int groups, auto x, auto y) {
+    for (int k = 0; k < groups; ++k)
+      for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>(x(k)[i]) * static_cast<int8_t>(y(k)[i]);
     return sum;
   });
 }
