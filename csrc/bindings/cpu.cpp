@@ -66,8 +66,7 @@ class Check {
   }
 
   int64_t room(int64_t rows, int threads) const {
-    return workspace_at(rows) +
-           cpu::small_head_workspace(p_.head.weight.dtype, p_.width, p_.pooled ? p_.pooler.outputs : 0, rows, threads);
+    return workspace_at(rows) + cpu::small_head_workspace(p_.width, p_.pooled ? p_.pooler.outputs : 0, rows, threads);
   }
 
   int64_t judge(uintptr_t hidden, int hidden_dtype, const std::array<int64_t, 3>& shape,
@@ -156,13 +155,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def("judge", &Check::judge, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("shape"), py::arg("strides"),
            py::arg("mask"), py::arg("mask_stride"), py::arg("memory"), py::arg("threads"),
            "How many rows leave; -1 where a score lies too near to the threshold, or states are not to be read so.");
-  m.def(
-      "small_head_workspace",
-      [](int weight, int64_t width, int64_t pooler, int64_t rows, int threads) {
-        return cpu::small_head_workspace(static_cast<DType>(weight), width, pooler, rows, threads);
-      },
-      py::arg("weight_dtype"), py::arg("width"), py::arg("pooler"), py::arg("rows"), py::arg("threads"),
-      "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
+  m.def("small_head_workspace", &cpu::small_head_workspace, py::arg("width"), py::arg("pooler"), py::arg("rows"),
+        py::arg("threads"), "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
   m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),
         "Bytes of workspace that ragged_attention needs.");

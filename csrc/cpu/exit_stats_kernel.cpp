@@ -9,7 +9,7 @@
 // Hazard: products past the end of the chunk mean nothing; -inf takes their place before anything looks at them.
 #include <limits>
 
-#include "cpu/dot.h"
+#include "cpu/dots.h"
 #include "cpu/gumbel.h"
 #include "cpu/product.h"
 #include "cpu/vec.h"
@@ -165,7 +165,7 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
     };
     if (a.plain) {
       alignas(64) float z[kMaxRows][kTile] = {};
-      for (int64_t r = 0; r < rows; ++r) dots(a.plain + (first + r) * p.width, p.width, p.head, a.begin, a.end, z[r]);
+      dots({a.plain + first * p.width, p.width, p.width, *z, kTile}, rows, p.head, a.begin, a.end);
       epilogue(a.begin, static_cast<int>(a.end - a.begin), z, {static_cast<const char*>(p.head.data), 0, 0});
     } else {
       product({p.head, p.width, p.columns, a.panel, nullptr}, a.begin, a.end, a.x, first, rows, epilogue_of(epilogue));

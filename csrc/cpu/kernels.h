@@ -55,13 +55,12 @@ using Normalise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t 
 // pack_row    packs row n of x.rows, of `width` floats
 using RowsBytes = int64_t (*)(DType weights, WeightForm form, int64_t rows, int64_t width);
 using PackRow = void (*)(DType weights, WeightForm form, const float* row, int64_t width, int64_t n, PackedRows x);
-// out[rows, outputs] = activation(x W^T + b), its columns [begin, end); begin is a multiple of 16
+// out[rows, outputs] = activation(x W^T + b), its columns [begin, end); x [rows, inputs], its rows x_stride elements
+// apart
 struct LinearArgs {
   const LayerArg* layer;
-  PackedRows x;       // packed only if there are 16 outputs: the others are products of rows as they are
-  const float* rows;  // [x.rows, inputs], row_stride elements apart
-  int64_t row_stride;
-  char* panel;  // as in ExitStatsChunkArgs; read where tile_of() copies
+  const float* x;
+  int64_t x_stride, rows;
   float* out;
   int64_t begin, end;
 };

@@ -1,7 +1,5 @@
-// A plain layer for few rows: the streaming product, and bias and activation as its epilogue. Weight rows that fill no
-// tile (a head of two classes) are multiplied one by one: a tile of zeros around them would cost more than they do.
-#include "cpu/dot.h"
-#include "cpu/product.h"
+// A plain layer for few rows: products (dots.h), bias and activation.
+#include "cpu/dots.h"
 
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
@@ -21,26 +19,19 @@ EXEUNT_INLINE Vec activated(Vec v, Activation activation) {
 
 void linear_rows(const LinearArgs& a) {
   const LayerArg& layer = *a.layer;
-  const int64_t block = product_rows(layer.weight), tiles_end = a.end - a.end % kTile;
-  for (int64_t first = 0; first < a.x.rows; first += block) {
-    const int64_t rows = a.x.rows - first < block ? a.x.rows - first : block;
-    const auto epilogue = [&](int64_t at, int count, float (*z)[kTile], const Ahead&) {
-      alignas(64) float bias[kTile] = {};
-      for (int i = 0; layer.bias.data && i < count; ++i)
-        bias[i] = value_at(layer.bias.data, layer.bias.dtype, (at + i) * layer.bias.stride);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int i = 0; i < kTile; i += kLanes)
-          store(z[r] + i, activated(load(z[r] + i) + load(bias + i), layer.activation));
-        __builtin_memcpy(a.out + (first + r) * layer.outputs + at, z[r], sizeof(float) * static_cast<uint64_t>(count));
-      }
-    };
-    const Stream stream{layer.weight, layer.inputs, nullptr, a.panel, nullptr};
-    if (a.begin < tiles_end) product(stream, a.begin, tiles_end, a.x, first, rows, epilogue_of(epilogue));
-    if (tiles_end == a.end) continue;
-    alignas(64) float z[kMaxRows][kTile] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      dots(a.rows + (first + r) * a.row_stride, layer.inputs, layer.weight, tiles_end, a.end, z[r]);
-    epilogue(tiles_end, static_cast<int>(a.end - tiles_end), z, {});
+  const VectorArg& bias = layer.bias;
+  dots({a.x, a.x_stride, layer.inputs, a.out + a.begin, layer.outputs}, a.rows, layer.weight, a.begin, a.end);
+  for (int64_t at = a.begin; at < a.end; at += kLanes) {
+    const int64_t count = a.end - at < kLanes ? a.end - at : kLanes;
+    const uint64_t bytes = static_cast<uint64_t>(count) * sizeof(float);
+    alignas(64) float shift[kLanes] = {}, z[kLanes] = {};
+    for (int64_t i = 0; bias.data && i < count; ++i) shift[i] = value_at(bias.data, bias.dtype, (at + i) * bias.stride);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      float* out = a.out + r * layer.outputs + at;
+      __builtin_memcpy(z, out, bytes);
+      store(z, activated(load(z) + load(shift), layer.activation));
+      __builtin_memcpy(out, z, bytes);
+    }
   }
 }
 

@@ -1,8 +1,9 @@
 // Small heads on CPU: blocks of rows go through mean or norm, pooler, head, statistics and a plain threshold one after
 // the other, while they are in cache. Blocks are what threads share out: a tagger judges thousands of rows. Where there
-// is one block, they share the tiles of a large layer instead: reading a pooler takes one thread longer than all else.
+// is one block, they share the outputs of a large layer instead: reading a pooler takes one thread longer than all
+// else.
 //
-//   workspace per thread: | row as doubles, as floats | packed rows, RowScale | pooled rows | panel |
+//   workspace per thread: | rows as floats | pooled rows |
 #include "cpu/small_head.h"
 
 #include <omp.h>
@@ -24,15 +25,11 @@ constexpr double kSerialWork = 1 << 20;    // multiply-adds below which a parall
 constexpr int64_t kSerialLayer = 1 << 17;  // elements of a layer's weight, likewise where one block of rows reads it
 
 struct Layout {
-  int64_t packed, scale, pooled, panel, total;
-  Layout(DType weight, int64_t width, int64_t pooler, int64_t all_rows) {
+  int64_t pooled, total;
+  Layout(int64_t width, int64_t pooler, int64_t all_rows) {
     const int64_t rows = std::min(kRows, all_rows);
-    const int64_t widest = std::max(width, pooler);
-    packed = round_up(rows * widest * 4, 64);
-    scale = packed + round_up(selected_isa().rows_bytes(weight, WeightForm::lies, rows, widest), 64);
-    pooled = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
-    panel = pooled + round_up(rows * pooler * 4, 64);
-    total = panel + panel_bytes(weight, widest);
+    pooled = round_up(rows * width * 4, 64);
+    total = pooled + round_up(rows * pooler * 4, 64);
   }
 };
 
@@ -41,18 +38,14 @@ int threads_for(int64_t rows, int threads) {
   return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
 }
 
-// out[rows, outputs] of a layer for one block of rows. Threads share it only where rows are whole lines: else tiles are
-// copied to the panel, which is one thread's.
-void linear(const LayerArg& layer, PackedRows x, const float* rows, int64_t row_stride, char* panel, float* out,
-            int threads) {
-  const int64_t tiles = (layer.outputs + 15) / 16;
-  const bool shared =
-      layer.outputs * layer.inputs >= kSerialLayer && layer.inputs * element_bytes(layer.weight.dtype) % 64 == 0;
-  const int64_t parts = shared ? std::min<int64_t>(threads, tiles) : 1;
+// out[rows, outputs] of a layer for one block of rows.
+void linear(const LayerArg& layer, const float* x, int64_t x_stride, int64_t rows, float* out, int threads) {
+  const int64_t shares = (layer.outputs + 15) / 16;  // whole lines of `out`
+  const int64_t parts = layer.outputs * layer.inputs >= kSerialLayer ? std::min<int64_t>(threads, shares) : 1;
 #pragma omp parallel for num_threads(static_cast<int>(parts)) if (parts > 1) schedule(static)
   for (int64_t part = 0; part < parts; ++part) {
-    const int64_t end = std::min(tiles * (part + 1) / parts * 16, layer.outputs);
-    selected_isa().linear_rows({&layer, x, rows, row_stride, panel, out, tiles * part / parts * 16, end});
+    const int64_t end = std::min(shares * (part + 1) / parts * 16, layer.outputs);
+    selected_isa().linear_rows({&layer, x, x_stride, rows, out, shares * part / parts * 16, end});
   }
 }
 
@@ -175,7 +168,6 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
   int64_t ready_stride = as_it_is ? p.hidden_stride : p.width;
   float* pooled = reinterpret_cast<float*>(base + layout.pooled);
   const int64_t begin = block * kRows, rows = std::min(kRows, p.rows - begin);
-  const PackedRows x{base + layout.packed, reinterpret_cast<RowScale*>(base + layout.scale), rows};
   for (int64_t r = 0; r < rows; ++r) {
     float* row = own + r * p.width;
     const int64_t at = (begin + r) * p.hidden_stride;
@@ -186,32 +178,26 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
     } else if (!as_it_is) {
       isa.normalise(p.hidden, p.hidden_dtype, at, p.width, p.norm, first.weight.dtype, row);
     }
-    if (first.outputs >= 16)
-      isa.pack_row(first.weight.dtype, first.weight.form, ready + r * ready_stride, p.width, r, x);
   }
   if (p.pooled) {
-    linear(p.pooler, x, ready, ready_stride, base + layout.panel, pooled, threads);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* values = pooled + r * p.pooler.outputs;
-      for (int64_t d = 0; d < p.pooler.outputs; ++d) values[d] = rounded_to(p.head.weight.dtype, values[d]);
-      if (p.head.outputs >= 16) isa.pack_row(p.head.weight.dtype, p.head.weight.form, values, p.pooler.outputs, r, x);
-    }
+    linear(p.pooler, ready, ready_stride, rows, pooled, threads);
+    for (int64_t i = 0; i < rows * p.pooler.outputs; ++i) pooled[i] = rounded_to(p.head.weight.dtype, pooled[i]);
     ready = pooled;
     ready_stride = p.pooler.outputs;
   }
-  linear(p.head, x, ready, ready_stride, base + layout.panel, p.out + begin * p.head.outputs, threads);
+  linear(p.head, ready, ready_stride, rows, p.out + begin * p.head.outputs, threads);
   return judge(p, begin, rows);
 }
 
 }  // namespace
 
-int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int64_t rows, int threads) {
-  return threads_for(rows, threads) * Layout(weight, width, pooler, rows).total;
+int64_t small_head_workspace(int64_t width, int64_t pooler, int64_t rows, int threads) {
+  return threads_for(rows, threads) * Layout(width, pooler, rows).total;
 }
 
 int64_t small_head(const SmallHeadParams& p) {
   const LayerArg& first = p.pooled ? p.pooler : p.head;
-  const Layout layout(p.head.weight.dtype, p.width, p.pooled ? p.pooler.outputs : 0, p.rows);
+  const Layout layout(p.width, p.pooled ? p.pooler.outputs : 0, p.rows);
   char* workspace = static_cast<char*>(p.workspace);
   const int64_t blocks = (p.rows + kRows - 1) / kRows;
   if (blocks == 1) {  // outside of any parallel region: within one, threads would be made anew for the layer's

@@ -5,8 +5,8 @@
 
 namespace exeunt::cpu {
 
-// Bytes for heads of weights of that dtype; pooler is 0 without one.
-int64_t small_head_workspace(DType weight, int64_t width, int64_t pooler, int64_t rows, int threads);
+// Bytes; pooler is 0 without one.
+int64_t small_head_workspace(int64_t width, int64_t pooler, int64_t rows, int threads);
 
 // Rows that leave; -1 if a score lies too near to the threshold to be told from it.
 int64_t small_head(const SmallHeadParams& p);

@@ -77,7 +77,7 @@ def small_head(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: 
     """
     Fused norm, pooler and head of few classes; see exeunt.ops.small_head.
     """
-def small_head_workspace(weight_dtype: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, pooler: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
+def small_head_workspace(width: typing.SupportsInt | typing.SupportsIndex, pooler: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
     """
     Bytes of workspace that small_head and classify need; pooler is 0 without one.
     """

@@ -130,7 +130,7 @@ def _forward(
     argmax = torch.empty(n, dtype=torch.int64)
     if n:
         pooler = layer_arg(pooler_weight, pooler_bias, activation)
-        workspace = workspace_for(weight, d, pooler, n, threads)
+        workspace = workspace_for(d, pooler, n, threads)
         states, kept = _states(hidden, mask)
         cpu.classify(
             *states, pooler, layer_arg(weight, bias, "none"), logits.data_ptr(), argmax.data_ptr(),

@@ -279,7 +279,7 @@ def _forward(
     vector, place = _backend.vector_arg, _backend.place(hidden.device)
     pooler = layer_arg(pooler_weight, pooler_bias, activation)
     if hidden.is_cpu:
-        workspace = workspace_for(weight, d, pooler, n, *place)
+        workspace = workspace_for(d, pooler, n, *place)
     else:
         size = kernels.small_head_workspace(_backend.DTYPES[weight.dtype], n, d, pooler[2])
         workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
@@ -303,11 +303,10 @@ def layer_arg(weight: Tensor | None, bias: Tensor | None, activation: str) -> La
     return _backend.weight_arg(weight), _backend.vector_arg(bias), v, inputs, ACTIVATIONS[activation]
 
 
-def workspace_for(weight: Tensor, width: int, pooler: Layer, rows: int, threads: int) -> Tensor:
-    """Scratch of the kernel for heads of that weight's dtype on so many rows of that width."""
+def workspace_for(width: int, pooler: Layer, rows: int, threads: int) -> Tensor:
+    """Scratch of the kernel for so many rows of that width."""
     assert _backend.cpu is not None
-    size = _backend.cpu.small_head_workspace(_backend.DTYPES[weight.dtype], width, pooler[2], rows, threads)
-    return _backend.scratch(size)
+    return _backend.scratch(_backend.cpu.small_head_workspace(width, pooler[2], rows, threads))
 
 
 def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:
