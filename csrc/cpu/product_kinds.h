@@ -103,8 +103,10 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const float* weight_
 // add_spread the same with kChains hidden numbers that lie in memory
 // widen      a line of a weight row -> its numbers
 // turned     a unit of kLanes columns -> kSums registers for each kChains of its numbers, kSums apart
-// put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step + n % kChains *
-// next finish     scales the products of 16 columns
+// put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step +
+//            n % kChains * next
+//
+// finish     scales the products of 16 columns
 
 template <int Numbers, int Chains>
 struct FloatKind {

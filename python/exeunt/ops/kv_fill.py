@@ -83,7 +83,7 @@ def kv_fill(
     _check(hidden, from_layer, rows, slots, stack, cache, until)
     count = hidden.shape[0]
     pairs, size = _rotary_by_layer(rotary, count, stack)
-    kernel = stack.kernel_for(count)
+    kernel = stack.kernel
     if kernel is None:
         _refer(hidden, from_layer, rows, slots, stack, cache, rotary, until)
         return

@@ -186,17 +186,10 @@ class KVStack:
 
     @cached_property
     def kernel(self) -> Any:
-        """``KvFill`` of the device's module over the weights as they lie; None where this build has no kernel there."""
+        """``KvFill`` of the device's module, over the packed copy where there is one; None where it has no kernel."""
+        if self._copy is not None:
+            return self._kernel_over(self._copy, form=self._packed_form)
         return self._kernel_over([(layer.key, layer.value) for layer in self.layers], form=0)
-
-    @cached_property
-    def packed_kernel(self) -> Any:
-        """The same over the packed copy."""
-        return self._kernel_over(self._copy, form=self._packed_form)
-
-    def kernel_for(self, rows: int) -> Any:
-        """The packed copy, where there is one."""
-        return self.packed_kernel if self._copy is not None else self.kernel
 
     def _kernel_over(self, projections: Any, form: int) -> Any:
         kernels = _backend.kernels(self.device)
