@@ -70,8 +70,7 @@ void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* sta
   } else {
     for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d]);
   }
-  if (p.dtype != DType::float32)
-    for (int64_t d = 0; d < p.width; ++d) row[d] = rounded_to(p.dtype, row[d]);
+  round_to(p.dtype, row, p.width);
   pack_row(p.dtype, p.form, row, p.width, n, x);
 }
 

@@ -3,9 +3,9 @@
 // registers (product_amx.inc), floats in parts (product_split.inc).
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
-//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how vector registers want packed
-//   weights unit             four bytes of a weight row: one float32, two halves, four int8 memory           beside
-//   products, later lines of the weight rows are fetched, one row in turn: prefetches that come
+//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how vector registers want packed ones
+//   unit             four bytes of a weight row: one float32, two halves, four int8
+//   memory           beside products, later lines of the weight rows are fetched, one row in turn: prefetches that come
 //                    in a burst fill the core's line buffers, and then memory waits
 //   result           z[rows][16], handed to the epilogue while it is in L1
 //

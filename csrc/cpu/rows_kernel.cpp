@@ -57,18 +57,6 @@ void widen(const VectorArg& vector, int64_t begin, int64_t count, float* values)
   });
 }
 
-// What float16 leaves of each value.
-void round_to_half(float* x, int64_t count) {
-  int64_t d = 0;
-#if defined(__F16C__)
-  for (; d + 8 <= count; d += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + d), _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_ps(x + d, _mm256_cvtph_ps(half));
-  }
-#endif
-  for (; d < count; ++d) x[d] = to_float(to_float16(x[d]));
-}
-
 }  // namespace
 
 void standardise(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps, double* wide) {
@@ -98,9 +86,7 @@ void normalise(const void* hidden, DType dtype, int64_t at, int64_t width, const
     else
       for (int64_t d = 0; d < count; ++d) strip[d] = static_cast<float>(strip[d] * s.rstd * gain[d]);
   }
-  if (weight == DType::bfloat16)
-    for (int64_t d = 0; d < width; ++d) x[d] = to_float(to_bfloat16(x[d]));
-  if (weight == DType::float16) round_to_half(x, width);
+  round_to(weight, x, width);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

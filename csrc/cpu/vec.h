@@ -64,6 +64,21 @@ EXEUNT_INLINE Vec load(const Float16* p) {
 #endif
 }
 
+// rounded_to() of each value; the dtype is known within each loop, so that it is vectorised.
+EXEUNT_INLINE void round_to(DType dtype, float* x, int64_t count) {
+  int64_t d = 0;
+#if defined(__F16C__)
+  for (; dtype == DType::float16 && d + 8 <= count; d += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + d), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_ps(x + d, _mm256_cvtph_ps(half));
+  }
+#endif
+  if (dtype == DType::float16)
+    for (; d < count; ++d) x[d] = rounded_to(DType::float16, x[d]);
+  if (dtype == DType::bfloat16)
+    for (; d < count; ++d) x[d] = rounded_to(DType::bfloat16, x[d]);
+}
+
 // Half a vector from each of two places.
 EXEUNT_INLINE UVec load_halves(const char* low, const char* high) {
 #if defined(__AVX512F__)

@@ -167,17 +167,13 @@ class KVStack:
         """Whether a projection was changed in place after it was packed."""
         return [t._version for t in self._packed_from] != self._versions
 
-    @property
-    def _packed_form(self) -> int:
-        """``WeightForm`` of csrc/core/params.h: of floats, tile registers would multiply parts, and give other bits."""
-        return 2 if self.dtype != torch.bfloat16 or vectors_multiply() else 1
-
     def _packed(self) -> Tensor:
         """[L, 2, Hkv, tiles, lines, ...]: keys and values, in the order in which they are read."""
         if self.device.type != "cpu":
             raise ValueError(f"KVStack: packed needs weights on cpu, got {self.device}")
         with torch.no_grad():
-            turned = self._packed_form == 2
+            # Of floats, tile registers would multiply parts, and give other bits.
+            turned = self.dtype != torch.bfloat16 or vectors_multiply()
             first = in_tiles(self.layers[0].key, turned)
             copy = zeros_on_huge_pages((len(self), 2, *first.shape), self.dtype)
             for own, layer in zip(copy, self.layers, strict=True):
@@ -187,8 +183,8 @@ class KVStack:
     @cached_property
     def kernel(self) -> Any:
         """``KvFill`` of the device's module, over the packed copy where there is one; None where it has no kernel."""
-        if self._copy is not None:
-            return self._kernel_over(self._copy, form=self._packed_form)
+        if self._copy is not None:  # WeightForm of csrc/core/params.h, 7: tiles; 8: turned (packed_head.in_tiles)
+            return self._kernel_over(self._copy, form=self._copy.dim() - 6)
         return self._kernel_over([(layer.key, layer.value) for layer in self.layers], form=0)
 
     def _kernel_over(self, projections: Any, form: int) -> Any:
