@@ -57,6 +57,7 @@ def place(device: torch.device) -> tuple[int, ...]:
 
 class _Scratch(threading.local):
     memory = torch.empty(0, dtype=torch.uint8)
+    size = 0
 
 
 _scratch = _Scratch()
@@ -69,17 +70,21 @@ def scratch(size: int) -> Tensor:
     They are kept, on huge pages: memory that comes anew with every call costs a walk through the page tables every
     4 KB, microseconds each after a head was read.
     """
-    memory = _scratch.memory
-    if len(memory) < size:
-        huge = 1 << 21
-        memory = zeros_on_huge_pages((-(-size // huge) * huge + huge,), torch.uint8)
-        memory = memory[-memory.data_ptr() % huge :]
-        if size <= _KEPT:
-            _scratch.memory = memory
+    if size <= _scratch.size:
+        return _scratch.memory
+    huge = 1 << 21
+    memory = zeros_on_huge_pages((-(-size // huge) * huge + huge,), torch.uint8)
+    memory = memory[-memory.data_ptr() % huge :]
+    if size <= _KEPT:
+        _scratch.memory, _scratch.size = memory, memory.shape[0]
     return memory
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Names of their own: after a head was read each step along torch.a.b.c waits for memory.
+_compiles = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
 _warned: set[str] = set()
 
 
@@ -97,9 +102,9 @@ def direct(hidden: Tensor, weight: Tensor) -> bool:
         type(hidden) in _PLAIN
         and type(weight) in _PLAIN
         and (hidden.is_cpu or hidden.is_cuda)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.maybe_current_level() is None
+        and not _compiles()
+        and not _dispatch_modes()
+        and _functorch_level() is None
     )
 
 
@@ -120,7 +125,7 @@ def pointer(t: Tensor | None) -> int:
 
 def vector_arg(t: Tensor | None) -> tuple[int, int, int]:
     """(address, dtype, stride) as the binding wants an optional vector."""
-    return (0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(0))
+    return (0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0])
 
 
 def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
@@ -129,5 +134,5 @@ def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, i
     if weight.dim() > 2:  # 4: tiles; 5: turned (packed_head.in_tiles)
         tile = weight.shape[1] * 1024
         return weight.data_ptr(), dtype, weight.dim() - 3, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
-    row = weight.stride(0) * weight.element_size()
+    row = weight.stride()[0] * weight.element_size()
     return weight.data_ptr(), dtype, 0, 16 * row, row, 64, pointer(scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from exeunt.ops.packed_head import unpacked
 from exeunt.stats import ExitStats
 
 _empty, _float, _int, _fp8 = torch.empty, torch.float32, torch.int64, torch.float8_e4m3fn
+_INF, _CPU = math.inf, torch.device("cpu")
 
 
 class Call(NamedTuple):
@@ -43,7 +45,8 @@ class Call(NamedTuple):
 
     def check(self) -> None:
         """Raise one sentence on the first argument that is not what it must be. Runs on every call: kept short."""
-        hidden, head, packed = self.hidden, self.head, self.packed
+        (hidden, head, _, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap, temperature, rows, live,
+         columns, target, topk, seeds, _, logits_out) = self  # fmt: skip
         shape, dtype, device = hidden.shape, hidden.dtype, hidden.device
         if len(shape) != 2:
             raise ValueError(f"exit_stats: hidden must have shape [N, D], got {list(shape)}")
@@ -57,34 +60,34 @@ class Call(NamedTuple):
         if packed is None:
             if head.dtype != dtype:
                 raise TypeError(f"exit_stats: head must have the dtype of hidden, {dtype}, got {head.dtype}")
-            if d > 1 and head.stride(1) != 1:
+            if d > 1 and head.stride()[1] != 1:
                 raise ValueError(f"exit_stats: head must have unit stride along D, got strides {head.stride()}")
         elif head.dtype == _fp8 and dtype == _float:
             raise TypeError("exit_stats: hidden must be bfloat16 or float16 beside an Fp8Head, got torch.float32")
         if head.device != device:
             raise ValueError(f"exit_stats: head must be on {device} like hidden, got {head.device}")
-        if self.norm not in _backend.NORMS:
-            raise ValueError(f"exit_stats: norm must be None, 'rms' or 'layer', got {self.norm!r}")
-        if self.head_bias is not None:
-            _backend.check_vector("exit_stats", "head_bias", self.head_bias, v, hidden)
-        if self.norm_weight is not None:
-            _backend.check_vector("exit_stats", "norm_weight", self.norm_weight, d, hidden)
-        if self.norm_bias is not None:
-            _backend.check_vector("exit_stats", "norm_bias", self.norm_bias, d, hidden)
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"exit_stats: eps must be finite and not negative, got {self.eps}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"exit_stats: scale must be finite, got {self.scale}")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"exit_stats: softcap must be finite and positive, got {self.softcap}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"exit_stats: temperature must be finite and positive, got {self.temperature}")
-        if not 0 <= self.topk <= 8:
-            raise ValueError(f"exit_stats: topk must lie in 0..8, got {self.topk}")
-        if any(t is not None for t in (self.rows, self.live, self.columns, self.target, self.seeds)):
+        if norm not in _backend.NORMS:
+            raise ValueError(f"exit_stats: norm must be None, 'rms' or 'layer', got {norm!r}")
+        if head_bias is not None:
+            _backend.check_vector("exit_stats", "head_bias", head_bias, v, hidden)
+        if norm_weight is not None:
+            _backend.check_vector("exit_stats", "norm_weight", norm_weight, d, hidden)
+        if norm_bias is not None:
+            _backend.check_vector("exit_stats", "norm_bias", norm_bias, d, hidden)
+        if not 0 <= eps < _INF:
+            raise ValueError(f"exit_stats: eps must be finite and not negative, got {eps}")
+        if not -_INF < scale < _INF:
+            raise ValueError(f"exit_stats: scale must be finite, got {scale}")
+        if softcap is not None and not 0 < softcap < _INF:
+            raise ValueError(f"exit_stats: softcap must be finite and positive, got {softcap}")
+        if not 0 < temperature < _INF:
+            raise ValueError(f"exit_stats: temperature must be finite and positive, got {temperature}")
+        if not 0 <= topk <= 8:
+            raise ValueError(f"exit_stats: topk must lie in 0..8, got {topk}")
+        if not (rows is live is columns is target is seeds is None):
             self._check_indices(n)
-        if self.logits_out is not None:
-            self._check_logits(n, v if self.columns is None else self.columns.shape[0])
+        if logits_out is not None:
+            self._check_logits(n, v if columns is None else columns.shape[0])
 
     def _check_indices(self, n: int) -> None:
         m = n if self.rows is None else self.rows.shape[0]
@@ -116,7 +119,7 @@ class Call(NamedTuple):
             raise ValueError(f"exit_stats: logits_out must have shape [{n}, {width}], got {list(out.shape)}")
         if out.dtype not in (_float, hidden.dtype):
             raise TypeError(f"exit_stats: logits_out must be float32 or {hidden.dtype}, got {out.dtype}")
-        if width > 1 and out.stride(1) != 1:
+        if width > 1 and out.stride()[1] != 1:
             raise ValueError(f"exit_stats: logits_out must have unit stride along V, got {out.stride()}")
         if out.device != hidden.device:
             raise ValueError(f"exit_stats: logits_out must be on {hidden.device} like hidden, got {out.device}")
@@ -124,36 +127,33 @@ class Call(NamedTuple):
     def outputs(self, rows: int | None = None, everything: bool = False) -> ExitStats:
         """Unwritten tensors for the result of that many rows (default: as many as are checked)."""
         device = self.hidden.device
-        m = rows if rows is not None else len(self.hidden if self.rows is None else self.rows)
+        m = rows if rows is not None else (self.hidden if self.rows is None else self.rows).shape[0]
 
-        def floats(*shape: int) -> Tensor:
-            return _empty(shape, dtype=_float, device=device)
+        def made(asked: bool, dtype: torch.dtype, *shape: int) -> Tensor | None:
+            return _empty(shape, dtype=dtype, device=device) if asked or everything else None
 
-        def ids(*shape: int) -> Tensor:
-            return _empty(shape, dtype=_int, device=device)
-
-        return ExitStats(
-            ids(m), floats(m), floats(m), floats(m), floats(m),
-            floats(m) if everything or self.target is not None else None,
-            floats(m, self.topk) if everything or self.topk else None,
-            ids(m, self.topk) if everything or self.topk else None,
-            ids(m) if everything or self.seeds is not None else None,
-        )  # fmt: skip
+        return _results(m, device)._replace(
+            target=made(self.target is not None, _float, m),
+            topk_logits=made(self.topk > 0, _float, m, self.topk),
+            topk_ids=made(self.topk > 0, _int, m, self.topk),
+            sample=made(self.seeds is not None, _int, m),
+        )
 
     def run(self) -> ExitStats:
         """The checked call: the kernel where there is one, else the reference."""
-        hidden = self.hidden
-        kernels = _backend.kernels(hidden.device)
-        fp8 = self.head.dtype == _fp8
+        (hidden, head, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap, temperature,
+         rows, live, columns, target, topk, seeds, entropy, logits) = self  # fmt: skip
+        device = hidden.device
+        kernels = _backend.kernels(device)
+        fp8 = head.dtype == _fp8
         if kernels is None or (fp8 and not getattr(kernels, "takes_float8", False)):
-            _backend.warn_fallback("exit_stats with an Fp8Head" if fp8 else "exit_stats", hidden.device)
-            plain = self._asdict() | {"head": unpacked(self.head, self.head_scale, self.packed), "count": self.live}
+            _backend.warn_fallback("exit_stats with an Fp8Head" if fp8 else "exit_stats", device)
+            plain = self._asdict() | {"head": unpacked(head, head_scale, packed), "count": live}
             for name in ("head_scale", "packed", "live"):
                 del plain[name]
             return reference.exit_stats(**plain)
         n, d = hidden.shape
-        v = head_rows = self.head.shape[0] if self.packed is None else self.packed[0]
-        rows, columns, target, seeds = self.rows, self.columns, self.target, self.seeds
+        v = head_rows = head.shape[0] if packed is None else packed[0]
         m = n
         if rows is not None:
             rows, m = _within("rows", rows, n), rows.shape[0]
@@ -163,33 +163,65 @@ class Call(NamedTuple):
             target = _within("target", target, v)
         if seeds is not None:
             seeds = seeds.contiguous()
-        out = self.outputs(m)
+        plain_result = target is seeds is None and topk == 0
+        out = _ahead.take(m) if plain_result and hidden.is_cpu else self.outputs(m)
         if m == 0:
             return out
-        if d > 1 and hidden.stride(1) != 1:
+        if d > 1 and hidden.stride()[1] != 1:
             hidden = hidden.contiguous()
-        weight, place = _backend.weight_arg(self.head, self.head_scale), _backend.place(hidden.device)
-        sizes = (m, v, d, self.topk, seeds is not None)
+        weight, place = _backend.weight_arg(head, head_scale), _backend.place(device)
+        sizes = (m, v, d, topk, seeds is not None)
         if hidden.is_cpu:
             workspace = _backend.scratch(kernels.exit_stats_workspace(*weight[1:3], *sizes, *place))
         else:
             size = kernels.exit_stats_workspace(weight[1], *sizes)
-            workspace = _empty(size, dtype=torch.uint8, device=hidden.device)
-        bias, norm_weight, norm_bias = self.head_bias, self.norm_weight, self.norm_bias
-        vector, pointer, logits = _backend.vector_arg, _backend.pointer, self.logits_out
+            workspace = _empty(size, dtype=torch.uint8, device=device)
+        vector, pointer = _backend.vector_arg, _backend.pointer
         kernels.exit_stats(
-            hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, weight, head_rows, m, v, d,
-            pointer(rows), rows is not None and rows.dtype == _int,
-            pointer(self.live), self.live is not None and self.live.dtype == _int,
-            vector(bias), _backend.NORMS[self.norm], vector(norm_weight), vector(norm_bias),
-            self.eps, self.scale, self.softcap or 0.0, self.temperature,
-            pointer(logits), 0 if logits is None else _backend.DTYPES[logits.dtype],
-            0 if logits is None else logits.stride(0), self.entropy, pointer(columns), pointer(target),
-            pointer(out.target), self.topk, pointer(out.topk_logits), pointer(out.topk_ids), pointer(seeds),
-            pointer(out.sample), out.argmax.data_ptr(), out.top1.data_ptr(), out.top2.data_ptr(),
+            hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride()[0], n, weight, head_rows, m, v, d,
+            pointer(rows), rows is not None and rows.dtype == _int, pointer(live), live is not None
+            and live.dtype == _int, vector(head_bias), _backend.NORMS[norm], vector(norm_weight), vector(norm_bias),
+            eps, scale, softcap or 0.0, temperature, pointer(logits), 0 if logits is None
+            else _backend.DTYPES[logits.dtype], 0 if logits is None else logits.stride()[0], entropy, pointer(columns),
+            pointer(target), pointer(out.target), topk, pointer(out.topk_logits), pointer(out.topk_ids),
+            pointer(seeds), pointer(out.sample), out.argmax.data_ptr(), out.top1.data_ptr(), out.top2.data_ptr(),
             out.sumexp.data_ptr(), out.weighted.data_ptr(), workspace.data_ptr(), *place,
         )  # fmt: skip
         return out
+
+
+class _Ahead(threading.local):
+    """Unwritten results for calls to come, on CPU, of row counts that calls repeat.
+
+    A tensor is made in a microsecond, but not after a read of a head has left nothing else in the caches: the five of a
+    result then take as long as a megabyte of the head does. Sixteen results at once take little longer than one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], list[ExitStats]] = {}
+
+    def take(self, m: int) -> ExitStats:
+        key = m, torch.is_inference_mode_enabled()  # what is made in that mode stays an inference tensor
+        kept = self._kept.get(key)
+        if kept:
+            return kept.pop()
+        if kept is None or m > 256:  # it may never come back; of very many rows the product takes long enough
+            if len(self._kept) == 64:
+                self._kept.clear()
+            self._kept[key] = []
+            return _results(m, _CPU)
+        kept += (_results(m, _CPU) for _ in range(16))
+        return kept.pop()
+
+
+_ahead = _Ahead()
+
+
+def _results(m: int, device: torch.device) -> ExitStats:
+    def floats() -> Tensor:
+        return _empty((m,), dtype=_float, device=device)
+
+    return ExitStats(_empty((m,), dtype=_int, device=device), floats(), floats(), floats(), floats())
 
 
 def _within(name: str, index: Tensor, bound: int) -> Tensor:
