@@ -25,7 +25,8 @@ constexpr int64_t kMinChunk = 256;
 constexpr int64_t kShare = 64;         // rows that a call of the product takes at most
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
 
-int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 16)); }
+// Whole groups of tiles (product.h).
+int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 64)); }
 
 // Whether a head as it lies has too few rows for a tile: its products are taken one by one, of rows that nobody packs.
 bool one_by_one(WeightForm form, int64_t vocab) { return vocab < 16 && form == WeightForm::lies; }

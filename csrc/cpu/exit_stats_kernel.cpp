@@ -1,10 +1,13 @@
 // exit_stats, one vocabulary chunk: the streaming product with statistics as its epilogue.
 //
-//   head chunk            for each tile of 16 vocabulary rows (product.h): 16 products z of each hidden row, in L1
-//   +-----------+           -> bias, logits_out, scale, softcap, temperature
-//   | 16 rows   | tile      -> LaneStats of the row: lane l follows vocabulary rows l, l + lanes, ...
-//   +-----------+         at the end of the chunk the lanes of each row are merged to one ExitStats
-//   | 16 rows   |
+//   head chunk            for each group of four tiles of 16 vocabulary rows (product.h): 64 products z of each hidden
+//   +-----------+         row, in L1
+//   | 16 rows   | tile      -> bias, logits_out, scale, softcap, temperature
+//   +-----------+           -> LaneStats of the row: lane l follows vocabulary rows l, l + lanes, ...
+//   | 16 rows   |         at the end of the chunk the lanes of each row are merged to one ExitStats
+//
+// A row's statistics are loaded, shifted to the largest logit and stored once a group: with narrow heads or many rows
+// they would take as long as the products.
 //
 // Hazard: products past the end of the chunk mean nothing; -inf takes their place before anything looks at them.
 #include <limits>
@@ -17,54 +20,58 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr float kFloor = -87.0f;  // e^-87 vanishes beside the leading 1 and is still a normal number
+constexpr float kFloor = -88.0f;  // below it e^x is no normal number: exp() makes it zero
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 struct LaneStats {
   Vec top1, top2, sumexp, weighted;
-  IVec argmax, bad;
+  IVec argmax;
 };
 
 EXEUNT_INLINE void reset(LaneStats& s) {
   s.top1 = s.top2 = splat(-kInf);
   s.sumexp = s.weighted = splat(0.0f);
   s.argmax = IVec{} - 1;
-  s.bad = IVec{};
 }
 
-// e^x for x in [kFloor, 0], 0 at the floor.
-EXEUNT_INLINE Vec exp_or_zero(Vec x) { return x > kFloor ? exp(x) : splat(0.0f); }
-
-// One of the old maximum and z is the new one; the other enters with the one exponential that this takes.
+// The logits of `tiles` tiles, z[t * stride] and on, the first of them vocabulary rows `ids`. NaN and +inf leave NaN in
+// sumexp; -inf contributes nothing.
 template <bool Entropy>
-EXEUNT_INLINE void push(LaneStats& s, Vec z, IVec ids) {
-  s.bad |= ~(z < kInf);  // NaN and +inf; -inf passes and contributes nothing
-  const IVec higher = z > s.top1;
-  const Vec low = higher ? s.top1 : z, high = higher ? z : s.top1;
-  s.top2 = higher ? low : max(z, s.top2);
-  s.argmax = higher ? ids : s.argmax;
-  // max() returns its second argument for NaN, so (-inf) - (-inf) and NaN logits also land on the floor.
-  const Vec shift = max(low - high, splat(kFloor));
-  const Vec e = exp_or_zero(shift);
-  if constexpr (Entropy) {
-    const Vec scaled = e * (s.weighted + shift * s.sumexp), added = s.weighted + shift * e;
-    s.weighted = higher ? scaled : added;
+EXEUNT_INLINE void push(LaneStats& s, const float* z, int tiles, int64_t stride, IVec ids) {
+  constexpr int kVecs = kTile / kLanes;
+  Vec top1 = s.top1, top2 = s.top2;
+  IVec argmax = s.argmax;
+  for (int i = 0; i < tiles * kVecs; ++i, ids += kLanes) {
+    const Vec v = load(z + i / kVecs * stride + i % kVecs * kLanes);
+    const IVec higher = v > top1;
+    top2 = max(higher ? top1 : v, top2);  // which stays, beside a NaN
+    argmax = higher ? ids : argmax;
+    top1 = higher ? v : top1;
   }
-  const Vec scaled = e * s.sumexp + 1.0f, added = s.sumexp + e;
-  s.sumexp = higher ? scaled : added;
-  s.top1 = high;
+  // max() returns its second argument beside a NaN: one that -inf and -inf gave lands on the floor, one of a logit
+  // stays. A lane that saw -inf alone is shifted to the lowest number, and then does not count (collect).
+  const Vec zero = max(top1, splat(std::numeric_limits<float>::lowest()));
+  const Vec moved = max(s.top1 - zero, splat(kFloor)), factor = exp(moved);
+  Vec sumexp = factor * s.sumexp, weighted = factor * (s.weighted + moved * s.sumexp);
+  for (int i = 0; i < tiles * kVecs; ++i) {
+    const Vec v = load(z + i / kVecs * stride + i % kVecs * kLanes);
+    const Vec shift = max(splat(kFloor), v - zero), e = exp(shift);
+    sumexp += e;
+    if constexpr (Entropy) weighted += shift * e;
+  }
+  s = {top1, top2, sumexp, weighted, argmax};
 }
 
 // Merge the lanes of one row, lowest vocabulary index first among equals.
 EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
-  if (any(s.bad)) return exit_stats_flagged();
+  if (any(s.sumexp != s.sumexp)) return exit_stats_flagged();
   const auto largest = [](Vec a, Vec b) { return max(a, b); };
   const auto sum = [](Vec a, Vec b) { return a + b; };
   const Vec top1 = across(s.top1, largest);
   const IVec first = s.top1 == top1 ? s.argmax : IVec{} + std::numeric_limits<int32_t>::max();
   const IVec argmax = across(first, [](IVec a, IVec b) { return a < b ? a : b; });
   if (argmax[0] < 0) return exit_stats_empty();
-  const Vec shift = max(s.top1 - top1, splat(kFloor)), factor = exp_or_zero(shift);
+  const Vec shift = max(s.top1 - top1, splat(kFloor)), factor = exp(shift);
   return {argmax[0], top1[0], across(first == argmax ? s.top2 : s.top1, largest)[0], across(factor * s.sumexp, sum)[0],
           across(factor * (s.weighted + shift * s.sumexp), sum)[0]};
 }
@@ -122,35 +129,41 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
     }
 
     // A loop over the rows for each thing that is asked, so that what every call needs runs without branches.
-    const auto epilogue = [&](int64_t vocab, int count, float (*z)[kTile], const Ahead& ahead) {
-      alignas(64) float bias[kTile];
-      alignas(64) uint32_t vocabulary[kTile];
-      for (int i = 0; (p.head_bias.data || p.seeds) && i < kTile; ++i) {
+    const auto epilogue = [&](int64_t vocab, int count, Products z, const Ahead& ahead) {
+      constexpr int64_t kStride = sizeof z[0] / sizeof(float);
+      const int tiles = (count + kTile - 1) / kTile;
+      alignas(64) float bias[kGroup * kTile];
+      alignas(64) uint32_t vocabulary[kGroup * kTile];
+      for (int i = 0; (p.head_bias.data || p.seeds) && i < tiles * kTile; ++i) {
         const int64_t at = i < count ? vocab + i : vocab, v = p.columns ? p.columns[at] : at;
         vocabulary[i] = static_cast<uint32_t>(v);
         bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
       }
+      const auto at = [&](int64_t r, int i) { return z[i / kTile][r] + i % kTile; };
       // use(row, column, z as it is): for every vector of products
       const auto each = [&](auto use) __attribute__((always_inline)) {
         for (int64_t r = 0; r < rows; ++r)
-          for (int i = 0; i < kTile; i += kLanes) use(r, i, load(z[r] + i));
+          for (int i = 0; i < tiles * kTile; i += kLanes) use(r, i, load(at(r, i)));
       };
       const auto ids_at = [&](int i) { return lane + (static_cast<int32_t>(vocab) + i); };
-      if (p.head_bias.data) each([&](int64_t r, int i, Vec v) { store(z[r] + i, v + load(bias + i)); });
+      if (p.head_bias.data) each([&](int64_t r, int i, Vec v) { store(at(r, i), v + load(bias + i)); });
       for (int64_t r = 0; p.logits_out && r < rows; ++r) {
-        const int64_t at = a.out_rows[first + r] * p.logits_stride + vocab;
-        for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, at + i, z[r][i]);
+        const int64_t to = a.out_rows[first + r] * p.logits_stride + vocab;
+        for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, to + i, *at(r, i));
       }
       if (capped)
-        each([&](int64_t r, int i, Vec v) { store(z[r] + i, tanh(v * gain_in) * gain_out); });
+        each([&](int64_t r, int i, Vec v) { store(at(r, i), tanh(v * gain_in) * gain_out); });
       else if (gain_in != 1.0f)
-        each([&](int64_t r, int i, Vec v) { store(z[r] + i, v * gain_in); });
-      if (count < kTile) each([&](int64_t r, int i, Vec v) { store(z[r] + i, lane < count - i ? v : splat(-kInf)); });
+        each([&](int64_t r, int i, Vec v) { store(at(r, i), v * gain_in); });
+      if (count % kTile) each([&](int64_t r, int i, Vec v) { store(at(r, i), lane < count - i ? v : splat(-kInf)); });
 
-      each([&](int64_t r, int i, Vec v) {
-        if (i == 0) ahead.fetch(r);
-        push<Entropy>(stats[r], v, ids_at(i));
-      });
+      for (int64_t r = 0; r < rows; ++r) {
+        ahead.fetch(r);
+        if (tiles == kGroup)
+          push<Entropy>(stats[r], z[0][r], kGroup, kStride, ids_at(0));
+        else
+          push<Entropy>(stats[r], z[0][r], tiles, kStride, ids_at(0));
+      }
       if (p.topk) each([&](int64_t r, int i, Vec v) { offer(top[r], p.topk, v, ids_at(i)); });
       if (p.seeds)
         each([&](int64_t r, int i, Vec v) {
@@ -159,13 +172,13 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
           draw(drawn[r], v, ids_at(i), counter, static_cast<uint64_t>(p.seeds[first + r]));
         });
       for (int64_t r = 0; p.target && r < rows; ++r) {
-        const int64_t at = p.target[first + r] - vocab;
-        if (at >= 0 && at < count) p.target_out[first + r] = z[r][at];
+        const int64_t i = p.target[first + r] - vocab;
+        if (i >= 0 && i < count) p.target_out[first + r] = *at(r, static_cast<int>(i));
       }
     };
     if (a.plain) {
-      alignas(64) float z[kMaxRows][kTile] = {};
-      dots({a.plain + first * p.width, p.width, p.width, *z, kTile}, rows, p.head, a.begin, a.end);
+      alignas(64) float z[1][kProductRows][kTile] = {};
+      dots({a.plain + first * p.width, p.width, p.width, **z, kTile}, rows, p.head, a.begin, a.end);
       epilogue(a.begin, static_cast<int>(a.end - a.begin), z, {static_cast<const char*>(p.head.data), 0, 0});
     } else {
       product({p.head, p.width, p.columns, a.panel, nullptr}, a.begin, a.end, a.x, first, rows, epilogue_of(epilogue));

@@ -7,7 +7,7 @@
 //   unit             four bytes of a weight row: one float32, two halves, four int8
 //   memory           beside products, later lines of the weight rows are fetched, one row in turn: prefetches that come
 //                    in a burst fill the core's line buffers, and then memory waits
-//   result           z[rows][16], handed to the epilogue while it is in L1
+//   result           z[rows][16] of each tile, handed to the epilogue four tiles at a time while they are in L1
 //
 // Bits: every product of a row and a weight row is a sum in an order of its own, whichever way lanes run and wherever
 // the weight lies (floats in parts: product_split.inc), so a row's result depends neither on its neighbours nor on the
@@ -29,7 +29,6 @@
 namespace exeunt::cpu::EXEUNT_ISA {
 namespace {
 
-constexpr int kMostTiles = 4;  // of a packed weight that are taken together; vector registers take half as many
 // Lines that a tile's rows are fetched ahead where memory sets the time, first into L2 and then into L1. Either step
 // alone leaves memory waiting: a core has few places for what it waits for, and each line takes one of them until it
 // is where it was to go.
@@ -99,21 +98,13 @@ EXEUNT_INLINE void fetch_to_write(char* to, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(to + at, 1, 3);
 }
 
-// Products to the epilogue; of the next tile so many lines have been fetched.
-EXEUNT_INLINE void hand_on(const Tile& tile, float (*z)[kTile], Epilogue epilogue, int64_t fetched) {
-  epilogue.call(epilogue.self, tile.at, tile.count, z,
-                {tile.next + fetched * tile.line_stride, tile.row_stride, tile.line_stride});
-}
-
-// The same with products that have yet to be scaled, or those of planes one after the other.
+// Products that have yet to be scaled, or those of planes one after the other.
 template <class K>
-EXEUNT_INLINE void hand_over(const Tile& tile, PackedRows x, int64_t first, int64_t rows, float (*z)[kTile],
-                             Epilogue epilogue, int64_t fetched) {
+EXEUNT_INLINE void finish(const Tile& tile, PackedRows x, int64_t first, int64_t rows, float (*z)[kTile]) {
   for (int64_t r = 0; r < rows; ++r) {
     K::finish(z[r * K::kPlanes], x.scale[first + r], tile.scale);
     if (K::kPlanes > 1) __builtin_memmove(z[r], z[r * K::kPlanes], sizeof z[r]);
   }
-  hand_on(tile, z, epilogue, fetched);
 }
 
 #include "cpu/product_vector.inc"
@@ -175,13 +166,20 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
   with_product(weight.dtype, weight.form, [&](auto product) {
     const bool packed = weight.form != WeightForm::lies && !stream.columns;  // the panel has room for one tile
     const int together = packed ? product.packed_tiles(x.rows) : 1;
+    alignas(64) float z[kGroup][kProductRows][kTile];
     product.begin(x.rows);
-    for (int64_t at = begin; at < end;) {
-      Tile tiles[kMostTiles];
-      int count = 0;
-      for (; count < together && at < end; ++count, at += kTile)
-        tiles[count] = tile_of(stream, at, end, together, stream.panel);
-      product.run(tiles, count, x, first, rows, epilogue);
+    for (int64_t at = begin; at < end; at += kGroup * kTile) {
+      const int64_t group_end = end - at < kGroup * kTile ? end : at + kGroup * kTile;
+      Ahead ahead{};
+      for (int64_t i = at; i < group_end;) {
+        Tile tiles[kGroup];
+        int count = 0;
+        for (; count < together && i < group_end; ++count, i += kTile)
+          tiles[count] = tile_of(stream, i, end, together, stream.panel);
+        const int64_t fetched = product.run(tiles, count, x, first, rows, z + (tiles->at - at) / kTile);
+        ahead = {tiles->next + fetched * tiles->line_stride, tiles->row_stride, tiles->line_stride};
+      }
+      epilogue.call(epilogue.self, at, static_cast<int>(group_end - at), z, ahead);
     }
     product.end();
   });

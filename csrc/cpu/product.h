@@ -1,8 +1,8 @@
 // The streaming product: a few hidden rows times a weight that is read once, in tiles of 16 weight rows. What is done
 // with the products is the caller's epilogue. Implemented in product.cpp, which draws the tiling.
 //
-//   product(stream, begin, end, x, first, rows, epilogue);      // epilogue(at, count, z, ahead) for every tile of
-//   [begin, end)
+//   product(stream, begin, end, x, first, rows, epilogue);      // epilogue(at, count, z, ahead) for every group of
+//                                                               // tiles of [begin, end)
 #pragma once
 #include "cpu/kernels.h"
 
@@ -11,6 +11,11 @@ namespace exeunt::cpu::EXEUNT_ISA {
 constexpr int kTile = 16;
 constexpr int64_t kLine = 64;
 constexpr int kMaxRows = 64;  // hidden rows (or planes of them) that one call may bring
+constexpr int kGroup = 4;     // tiles whose products an epilogue meets together
+
+// Products of a group, z[tile][hidden row][weight row]; what lies beyond a call's rows is scratch.
+constexpr int kProductRows = kMaxRows + 16;
+using Products = float (*)[kProductRows][kTile];
 
 // A weight whose rows, or those that the list `columns` names, are read in their order.
 struct Stream {
@@ -32,17 +37,18 @@ struct Ahead {
   }
 };
 
-// Called with the products of weight rows [at, at + count): z[r] holds those of hidden row first + r, and is the
-// epilogue's to change. Beyond `count` lies what has no meaning. A plain function: inlined into each shape of the
-// product it would be compiled a dozen times.
+// Called with the products of weight rows [at, at + count), at most kGroup tiles of them: z[t][r] holds those of tile t
+// and hidden row first + r, and is the epilogue's to change. Beyond `count` lies what has no meaning. Groups are the
+// same whatever the rows are. A plain function: inlined into each shape of the product it would be compiled a dozen
+// times.
 struct Epilogue {
-  void (*call)(const void* self, int64_t at, int count, float (*z)[kTile], const Ahead& ahead);
+  void (*call)(const void* self, int64_t at, int count, Products z, const Ahead& ahead);
   const void* self;
 };
 
 template <class F>
 static inline Epilogue epilogue_of(const F& f) {
-  return {[](const void* self, int64_t at, int count, float (*z)[kTile], const Ahead& ahead) {
+  return {[](const void* self, int64_t at, int count, Products z, const Ahead& ahead) {
             (*static_cast<const F*>(self))(at, count, z, ahead);
           },
           &f};

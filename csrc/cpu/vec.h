@@ -105,7 +105,15 @@ EXEUNT_INLINE bool any(IVec mask) {
 #endif
 }
 
-EXEUNT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where a is NaN
+EXEUNT_INLINE Vec max(Vec a, Vec b) {  // b where either is NaN; GCC makes two instructions of a > b ? a : b
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // Shuffles of two vectors by compile-time lane numbers (of b: kLanes and up).
 #if defined(__clang__)
@@ -175,19 +183,20 @@ EXEUNT_INLINE void transpose(V* v) {
   }
 }
 
-// e^x for x in [-87, 88], relative error below 2^-22.5: x = n ln2 + r with |r| <= ln2 / 2, then a polynomial in r.
+// e^x for x in [-88, 88], 0 at -88; from -87 on relative error below 2^-23: x = n ln2 + r with |r| <= ln2 / 2, then a
+// polynomial in r.
 EXEUNT_INLINE Vec exp(Vec x) {
   const float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x / ln2) in the low mantissa bits
   const Vec shifted = x * 1.44269504088896341f + round_magic;
   const Vec n = shifted - round_magic;
   const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  Vec p = splat(1.3814528939e-3f);
+  p = p * r + 8.3687501028e-3f;
+  p = p * r + 4.1668392718e-2f;
+  p = p * r + 1.6666519642e-1f;
+  p = p * r + 4.9999994040e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   const IVec exponent = (bits<IVec>(shifted) - 0x4b400000 + 127) << 23;
   return p * bits<Vec>(exponent);
 }
