@@ -22,3 +22,8 @@ def norm_args(kind, d, dtype, seed=1):
     if kind == "layer":
         args["norm_bias"] = (torch.randn(d, generator=g) * 0.1).to(dtype)
     return args
+
+
+def lies_turned(isa, dtype):
+    """Whether vector registers turn a weight that lies as it is, so that it has a packed one's bits (product.cpp)."""
+    return dtype != torch.float16 and isa not in ("baseline", "avx2")

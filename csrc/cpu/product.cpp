@@ -107,18 +107,36 @@ EXEUNT_INLINE void finish(const Tile& tile, PackedRows x, int64_t first, int64_t
   }
 }
 
-#include "cpu/product_vector.inc"
+// Where line l of a tile begins, or of the next one where this one is over.
+EXEUNT_INLINE const char* line_of(const Tile& tile, int64_t l) {
+  return l < tile.lines ? tile.data + l * tile.line_stride : tile.next + (l - tile.lines) * tile.line_stride;
+}
+
+#include "cpu/product_lying.inc"
+#include "cpu/product_turned.inc"
 #if defined(EXEUNT_AMX)
 #include "cpu/product_amx.inc"
 #include "cpu/product_split.inc"
 #endif
+
+// How vector registers multiply a weight that is not turned. Lanes along its width save the turn, which with few hidden
+// rows takes longer than the products, and cost the sums across lanes, which with many take longer than the turn would.
+// Vectors of sixteen lanes turn lines fast enough, but for those of float16, which hold twice as many products.
+template <class K>
+constexpr bool lanes_along_width() {
+  return kLanes < 16 || K::kChains == 2;
+}
 
 // f(product) with the product that this ISA has for weights of that dtype and form.
 template <class F>
 EXEUNT_INLINE auto with_product(DType weights, WeightForm form, F&& f) {
   const bool turned = form == WeightForm::turned;
   const auto vectors = [&](auto kind) __attribute__((always_inline)) {
-    return turned ? f(VectorProduct<decltype(kind), true>()) : f(VectorProduct<decltype(kind), false>());
+    if (turned) return f(TurnedProduct<decltype(kind), true>());
+    if constexpr (lanes_along_width<decltype(kind)>())
+      return f(LyingProduct<decltype(kind)>());
+    else
+      return f(TurnedProduct<decltype(kind), false>());
   };
 #if defined(EXEUNT_AMX)
   if (!turned && weights == DType::bfloat16) return f(TileProduct<Bfloat16Tiles>());

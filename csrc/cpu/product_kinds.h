@@ -22,6 +22,13 @@ constexpr int64_t kNumber = 4;             // bytes of a number
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
+template <class V>
+EXEUNT_INLINE V vector_at(const char* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // `Count` numbers of a hidden or weight row, over all lanes.
 template <int Count>
 EXEUNT_INLINE Vec spread(const char* p) {
@@ -98,10 +105,9 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const float* weight_
 // kNumbers   of a unit
 // kChains    sums that the numbers of a product go to in turns
 // kSums      registers of sums over a tile's 16 columns
-// kSwaps     a product's operands may swap, and an instruction spreads the number that it reads from memory
-// add        a register of sums += weights times hidden numbers, one of them spread
-// add_spread the same with kChains hidden numbers that lie in memory
-// widen      a line of a weight row -> its numbers
+// add        a register of sums += weights times hidden numbers
+// add_spread the same with kChains hidden numbers that lie in memory, spread over the lanes
+// numbers    kLanes numbers of a weight row as it lies
 // turned     a unit of kLanes columns -> kSums registers for each kChains of its numbers, kSums apart
 // put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step +
 //            n % kChains * next
@@ -112,7 +118,6 @@ template <int Numbers, int Chains>
 struct FloatKind {
   using Sum = Vec;
   static constexpr int kPlanes = 1, kNumbers = Numbers, kChains = Chains, kSums = kTile * Chains / kLanes;
-  static constexpr bool kSwaps = false;  // compilers see to it
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) { sum += w * spread<Chains>(number); }
   EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
@@ -127,14 +132,12 @@ struct FloatKind {
 };
 
 struct Float32 : FloatKind<1, 1> {
-  EXEUNT_INLINE void widen(const char* line, float* to) { __builtin_memcpy(to, line, kLine); }
+  EXEUNT_INLINE Vec numbers(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
 };
 
 struct Half : FloatKind<2, 2> {
-  EXEUNT_INLINE void widen(const char* line, float* to) {
-    for (int i = 0; i < 2 * kUnits; i += kLanes) store(to + i, load(reinterpret_cast<const Float16*>(line) + i));
-  }
+  EXEUNT_INLINE Vec numbers(const char* p) { return load(reinterpret_cast<const Float16*>(p)); }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) {  // even and odd elements of a column side by side
     Float16 halves[2 * kLanes];
     __builtin_memcpy(halves, &unit, sizeof unit);
@@ -143,9 +146,7 @@ struct Half : FloatKind<2, 2> {
 };
 
 struct Bfloat16 : FloatKind<2, 1> {  // the upper half of a float
-  EXEUNT_INLINE void widen(const char* line, float* to) {
-    for (int i = 0; i < 2 * kUnits; i += kLanes) store(to + i, load(reinterpret_cast<const BFloat16*>(line) + i));
-  }
+  EXEUNT_INLINE Vec numbers(const char* p) { return load(reinterpret_cast<const BFloat16*>(p)); }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) {
     to[0] = bits<Vec>(unit << 16);
     to[kSums] = bits<Vec>(unit & 0xffff0000u);
@@ -153,8 +154,10 @@ struct Bfloat16 : FloatKind<2, 1> {  // the upper half of a float
 };
 
 struct Int8 : FloatKind<4, 1> {
-  EXEUNT_INLINE void widen(const char* line, float* to) {
-    for (int i = 0; i < 4 * kUnits; ++i) to[i] = static_cast<float>(static_cast<uint8_t>(line[i]) - 128);
+  EXEUNT_INLINE Vec numbers(const char* p) {
+    uint8_t __attribute__((vector_size(kLanes))) bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, IVec) - 128, Vec);
   }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) {
     for (int i = 0; i < kNumbers; ++i)
@@ -171,7 +174,7 @@ template <class SumOf>
 struct UnitKind {
   using Sum = SumOf;
   static constexpr int kNumbers = 1, kChains = 1, kSums = 1;
-  EXEUNT_INLINE void widen(const char* line, float* to) { __builtin_memcpy(to, line, kLine); }
+  EXEUNT_INLINE Sum numbers(const char* p) { return vector_at<Sum>(p); }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
   // The numbers of a line, `step` bytes apart.
   EXEUNT_INLINE void scatter(const void* line, char* to, int64_t step) {
@@ -185,7 +188,6 @@ struct UnitKind {
 // Two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
 struct Bfloat16Pairs : UnitKind<Vec> {
   static constexpr int kPlanes = 1;
-  static constexpr bool kSwaps = true;
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
   // Spread by the instruction itself, which GCC does not know: an instruction of its own takes a third as long again.
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
@@ -207,8 +209,7 @@ struct Bfloat16Pairs : UnitKind<Vec> {
 #if defined(__AVX512VNNI__)
 struct Int8Planes : UnitKind<IVec> {
   static constexpr int kPlanes = 2;
-  static constexpr bool kSwaps = false;  // unsigned times signed
-  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) {
+  EXEUNT_INLINE void add(Sum& sum, IVec w, IVec x) {
     sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
   }
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {

@@ -7,7 +7,7 @@ import torch
 
 from exeunt import ops, reference
 from exeunt.ops import PackedHead, _backend
-from op_inputs import make, norm_args
+from op_inputs import lies_turned, make, norm_args
 
 pytestmark = pytest.mark.skipif(_backend.cpu is None, reason="exeunt._cpu is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,18 +16,24 @@ SHAPES = [(1, 1), (2, 31), (16, 64), (35, 33), (130, 576), (4500, 96), (35, 1100
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v,d", SHAPES)
-def test_a_packed_head_gives_the_bits_of_the_weight_as_it_lies(isa, v, d, dtype):
+def test_a_packed_head_gives_the_statistics_of_the_weight_as_it_lies(isa, v, d, dtype):
     hidden, head = make(100, v, d, dtype)
     packed = PackedHead(head)
     assert torch.equal(packed.unpack(), head) and packed.shape == (v, d)
     if isa == "amx" and dtype != torch.bfloat16:
         return  # in parts: the tests of parts below
     args = norm_args("rms", d, dtype)
-    for n in (1, 2, 5, 9, 21, 33, 64, 100):
-        for a, b in zip(
-            ops.exit_stats(hidden[:n], packed, **args), ops.exit_stats(hidden[:n], head, **args), strict=True
-        ):
-            assert a is b is None or torch.equal(a, b)
+    every = ops.exit_stats(hidden, packed, **args)
+    for n in (1, 2, 3, 5, 9, 21, 33, 64, 100):
+        lying = ops.exit_stats(hidden[:n], head, **args)
+        for a, b, of_all in zip(ops.exit_stats(hidden[:n], packed, **args), lying, every, strict=True):
+            if a is None:
+                continue
+            assert torch.equal(a, of_all[:n])
+            if isa == "amx" or lies_turned(isa, dtype):
+                assert torch.equal(a, b)
+            else:
+                assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=2e-5)
 
 
 def logits_of(hidden, head, **args):
