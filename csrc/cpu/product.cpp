@@ -1,17 +1,17 @@
 // The streaming product: a few hidden rows times a weight that is read once, one tile of 16 weight rows at a time, or
-// some of a packed weight. Here: tiles, and which product multiplies them: vector registers (product_vector.inc), tile
-// registers (product_amx.inc), floats in parts (product_split.inc).
+// some of a packed weight. Here: tiles, and which product multiplies them: vector registers with lanes along weight
+// rows (product_turned.inc) or along the width (product_lying.inc), tile registers (product_amx.inc), floats in parts
+// (product_split.inc).
 //
 //   weight tile      16 rows x lines of 64 bytes, read as they lie or packed (WeightArg)
-//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: how vector registers want packed ones
+//   turned           [16 units][16 rows] a line instead of [16 rows][16 units]: for lanes along weight rows
 //   unit             four bytes of a weight row: one float32, two halves, four int8
 //   memory           beside products, later lines of the weight rows are fetched, one row in turn: prefetches that come
 //                    in a burst fill the core's line buffers, and then memory waits
 //   result           z[rows][16] of each tile, handed to the epilogue four tiles at a time while they are in L1
 //
-// Bits: every product of a row and a weight row is a sum in an order of its own, whichever way lanes run and wherever
-// the weight lies (floats in parts: product_split.inc), so a row's result depends neither on its neighbours nor on the
-// thread.
+// Bits: every product of a row and a weight row is a sum in an order that depends on D and on which product multiplies,
+// so a row's result depends neither on its neighbours nor on the thread.
 //
 // Hazard: the rows of a short tile's end are not the weight's: the epilogue masks their products. A last group may be
 // larger than the rows that are left: the others are zeros.

@@ -84,9 +84,6 @@ EXEUNT_INLINE UVec load_halves(const char* low, const char* high) {
 #if defined(__AVX512F__)
   const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
   return (UVec)_mm512_maskz_inserti64x4(0xff, both, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1);
-#elif defined(__AVX2__)
-  const __m256i both = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
-  return (UVec)_mm256_inserti128_si256(both, _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
 #else
   UVec v;
   __builtin_memcpy(&v, low, sizeof v / 2);

@@ -21,8 +21,9 @@ class PackedHead:
 
     It is a copy, made once and shared by all exits; ``nbytes`` says what it costs. Where it beats the weight as it lies
     is measured in ``docs/kernels.md``. On a CPU with tile registers a float32 or float16 copy is multiplied in bfloat16
-    parts: no less exact, faster from nine rows on, and rounded differently from the weight as it lies. A head of fewer
-    rows than a tile stays as it lies.
+    parts: no less exact, faster from nine rows on, and rounded differently from the weight as it lies; so, by the order
+    of its sums, is a float16 copy elsewhere, and a copy of any dtype below AVX-512. A head of fewer rows than a tile
+    stays as it lies.
 
     Parameters
     ----------
