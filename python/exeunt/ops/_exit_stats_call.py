@@ -194,7 +194,7 @@ class _Ahead(threading.local):
     """Unwritten results for calls to come, on CPU, of row counts that calls repeat.
 
     A tensor is made in a microsecond, but not after a read of a head has left nothing else in the caches: the five of a
-    result then take as long as a megabyte of the head does. Sixteen results at once take little longer than one.
+    result then take as long as megabytes of the head do, and sixteen results at once twice as long as one.
     """
 
     def __init__(self) -> None:
