@@ -22,6 +22,7 @@ constexpr int64_t kNumber = 4;             // bytes of a number
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
+// What lies there, lane by lane.
 template <class V>
 EXEUNT_INLINE V vector_at(const char* p) {
   V v;
@@ -111,7 +112,6 @@ EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const float* weight_
 // turned     a unit of kLanes columns -> kSums registers for each kChains of its numbers, kSums apart
 // put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step +
 //            n % kChains * next
-//
 // finish     scales the products of 16 columns
 
 template <int Numbers, int Chains>

@@ -23,13 +23,14 @@ def test_a_packed_head_gives_the_statistics_of_the_weight_as_it_lies(isa, v, d, 
     if isa == "amx" and dtype != torch.bfloat16:
         return  # in parts: the tests of parts below
     args = norm_args("rms", d, dtype)
-    every = ops.exit_stats(hidden, packed, **args)
+    every, every_lying = (ops.exit_stats(hidden, each, **args) for each in (packed, head))
     for n in (1, 2, 3, 5, 9, 21, 33, 64, 100):
         lying = ops.exit_stats(hidden[:n], head, **args)
-        for a, b, of_all in zip(ops.exit_stats(hidden[:n], packed, **args), lying, every, strict=True):
+        results = ops.exit_stats(hidden[:n], packed, **args), lying, every, every_lying
+        for a, b, of_all, of_all_lying in zip(*results, strict=True):
             if a is None:
                 continue
-            assert torch.equal(a, of_all[:n])
+            assert torch.equal(a, of_all[:n]) and torch.equal(b, of_all_lying[:n])
             if isa == "amx" or lies_turned(isa, dtype):
                 assert torch.equal(a, b)
             else:
