@@ -6,8 +6,8 @@
 //   +-----------+           -> LaneStats of the row: lane l follows vocabulary rows l, l + lanes, ...
 //   | 16 rows   |         at the end of the chunk the lanes of each row are merged to one ExitStats
 //
-// A row's statistics are loaded, shifted to the largest logit and stored once a group: with narrow heads or many rows
-// they would take as long as the products.
+// A row's statistics are loaded and stored once a group, and exponents are relative to a reference that seldom moves:
+// with narrow heads or many rows they would take as long as the products.
 //
 // Hazard: products past the end of the chunk mean nothing; -inf takes their place before anything looks at them.
 #include <limits>
@@ -23,21 +23,36 @@ namespace {
 constexpr float kFloor = -88.0f;  // below it e^x is no normal number: exp() makes it zero
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+// What exponents are relative to: a row's largest logit so far, until one exceeds it by kSlack. Most rows keep the first
+// group's, so that sums neither wait for the largest logit nor are scaled to it. What `weighted` loses when it is
+// shifted to the largest at the end is less than e^kSlack ulp of itself: the reference is one of its terms.
+constexpr float kSlack = 2.0f;
+
 struct LaneStats {
   Vec top1, top2, sumexp, weighted;
   IVec argmax;
 };
 
-EXEUNT_INLINE void reset(LaneStats& s) {
+EXEUNT_INLINE void reset(LaneStats& s, float& reference) {
   s.top1 = s.top2 = splat(-kInf);
   s.sumexp = s.weighted = splat(0.0f);
   s.argmax = IVec{} - 1;
+  reference = std::numeric_limits<float>::lowest();
+}
+
+// Sums relative to the largest of top1, which may be +inf.
+EXEUNT_INLINE void refer(LaneStats& s, float& reference, Vec top1) {
+  const float to = across(top1, [](Vec a, Vec b) { return max(a, b); })[0];
+  const Vec moved = max(splat(reference - to), splat(kFloor)), factor = exp(moved);
+  s.weighted = factor * (s.weighted + moved * s.sumexp);
+  s.sumexp = factor * s.sumexp;
+  reference = to;
 }
 
 // The logits of `tiles` tiles, z[t * stride] and on, the first of them vocabulary rows `ids`. NaN and +inf leave NaN in
 // sumexp; -inf contributes nothing.
 template <bool Entropy>
-EXEUNT_INLINE void push(LaneStats& s, const float* z, int tiles, int64_t stride, IVec ids) {
+EXEUNT_INLINE void push(LaneStats& s, float& reference, const float* z, int tiles, int64_t stride, IVec ids) {
   constexpr int kVecs = kTile / kLanes;
   Vec top1 = s.top1, top2 = s.top2;
   IVec argmax = s.argmax;
@@ -48,14 +63,13 @@ EXEUNT_INLINE void push(LaneStats& s, const float* z, int tiles, int64_t stride,
     argmax = higher ? ids : argmax;
     top1 = higher ? v : top1;
   }
-  // max() returns its second argument beside a NaN: one that -inf and -inf gave lands on the floor, one of a logit
-  // stays. A lane that saw -inf alone is shifted to the lowest number, and then does not count (collect).
-  const Vec zero = max(top1, splat(std::numeric_limits<float>::lowest()));
-  const Vec moved = max(s.top1 - zero, splat(kFloor)), factor = exp(moved);
-  Vec sumexp = factor * s.sumexp, weighted = factor * (s.weighted + moved * s.sumexp);
+  if (any(top1 > splat(reference + kSlack))) [[unlikely]]
+    refer(s, reference, top1);
+  const Vec zero = splat(reference);
+  Vec sumexp = s.sumexp, weighted = s.weighted;
   for (int i = 0; i < tiles * kVecs; ++i) {
     const Vec v = load(z + i / kVecs * stride + i % kVecs * kLanes);
-    const Vec shift = max(splat(kFloor), v - zero), e = exp(shift);
+    const Vec shift = max(splat(kFloor), v - zero), e = exp(shift);  // of max() and NaN the second argument stays
     sumexp += e;
     if constexpr (Entropy) weighted += shift * e;
   }
@@ -63,7 +77,7 @@ EXEUNT_INLINE void push(LaneStats& s, const float* z, int tiles, int64_t stride,
 }
 
 // Merge the lanes of one row, lowest vocabulary index first among equals.
-EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
+EXEUNT_INLINE ExitStats collect(const LaneStats& s, float reference) {
   if (any(s.sumexp != s.sumexp)) return exit_stats_flagged();
   const auto largest = [](Vec a, Vec b) { return max(a, b); };
   const auto sum = [](Vec a, Vec b) { return a + b; };
@@ -71,9 +85,9 @@ EXEUNT_INLINE ExitStats collect(const LaneStats& s) {
   const IVec first = s.top1 == top1 ? s.argmax : IVec{} + std::numeric_limits<int32_t>::max();
   const IVec argmax = across(first, [](IVec a, IVec b) { return a < b ? a : b; });
   if (argmax[0] < 0) return exit_stats_empty();
-  const Vec shift = max(s.top1 - top1, splat(kFloor)), factor = exp(shift);
-  return {argmax[0], top1[0], across(first == argmax ? s.top2 : s.top1, largest)[0], across(factor * s.sumexp, sum)[0],
-          across(factor * (s.weighted + shift * s.sumexp), sum)[0]};
+  const float shift = reference - top1[0], factor = exp(splat(shift))[0], sumexp = across(s.sumexp, sum)[0];
+  return {argmax[0], top1[0], across(first == argmax ? s.top2 : s.top1, largest)[0], factor * sumexp,
+          factor * (across(s.weighted, sum)[0] + shift * sumexp)};
 }
 
 // The k largest logits of a row so far, largest first.
@@ -120,10 +134,11 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   for (int64_t first = a.first_row; first < a.end_row; first += block) {
     const int64_t rows = a.end_row - first < block ? a.end_row - first : block;
     alignas(64) LaneStats stats[kMaxRows];
+    float reference[kMaxRows];
     alignas(64) LaneDraw drawn[kMaxRows];
     TopK top[kMaxRows];
     for (int64_t r = 0; r < rows; ++r) {
-      reset(stats[r]);
+      reset(stats[r], reference[r]);
       drawn[r] = {splat(-kInf), IVec{} - 1};
       for (Candidate& c : top[r].list) c = candidate_none();
     }
@@ -160,9 +175,9 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
       for (int64_t r = 0; r < rows; ++r) {
         ahead.fetch(r);
         if (tiles == kGroup)
-          push<Entropy>(stats[r], z[0][r], kGroup, kStride, ids_at(0));
+          push<Entropy>(stats[r], reference[r], z[0][r], kGroup, kStride, ids_at(0));
         else
-          push<Entropy>(stats[r], z[0][r], tiles, kStride, ids_at(0));
+          push<Entropy>(stats[r], reference[r], z[0][r], tiles, kStride, ids_at(0));
       }
       if (p.topk) each([&](int64_t r, int i, Vec v) { offer(top[r], p.topk, v, ids_at(i)); });
       if (p.seeds)
@@ -185,7 +200,7 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (first + r) * a.partial_stride;
-      a.partials[at] = collect(stats[r]);
+      a.partials[at] = collect(stats[r], reference[r]);
       for (int i = 0; i < p.topk; ++i) a.topk[at * p.topk + i] = top[r].list[i];
       if (p.seeds) a.drawn[at] = collect(drawn[r]);
     }

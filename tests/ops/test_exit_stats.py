@@ -163,6 +163,23 @@ def test_logits_that_over_and_underflow(backend, scale):
     assert torch.isfinite(got.entropy).all()
 
 
+@pytest.mark.parametrize("step", [0.3, 1.0, 40.0])
+@pytest.mark.parametrize("order", ["rising", "falling", "one spike"])
+def test_logits_that_leave_what_their_sums_are_relative_to(backend, order, step):
+    """Within a chunk each group's logits may exceed all before by any amount, or only one of them does."""
+    z = torch.arange(300.0) * step
+    if order == "falling":
+        z = -z
+    elif order == "one spike":
+        z = torch.linspace(-step, step, 300)
+        z[217] = 50 * step
+    hidden = torch.tensor([[1.0], [-1.0], [0.5]])
+    got, exact = ops.exit_stats(hidden, z[:, None]), reference.exit_stats(hidden.double(), z[:, None])
+    assert torch.equal(got.argmax, exact.argmax)
+    for name in ("top1", "top2", "sumexp", "weighted"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=2e-5, atol=1e-6, msg=name)
+
+
 def test_hidden_whose_squares_overflow(backend):
     hidden, head = make(3, 20, 64, torch.float32)
     assert_within_contract(hidden * 1e25, head, **norm_args("rms", 64, torch.float32))
