@@ -1,13 +1,14 @@
 """exit_stats beside what a torch user writes and beside the machine's floor: `pytest benchmarks/bench_exit_stats.py`.
 
-One test is one shape. Its sides run in turns, so that a noisy machine is as noisy for each: the op on the weight as it
-lies, on a packed copy, on an int8 copy; the torch pipeline (norm, linear, float32 log-softmax, top 2, entropy), eager
-and under torch.compile. There are as many heads of each kind as fill 1 GB (16 at most), and a side goes through all of
-its own: no side finds its head in a processor's cache, and what Python brings along is as warm as it is in a loop of
-checks. The floor is the slower of two: a read of the heads as they lie, plain loads in 1, 2, 4 or 8 streams a thread,
-whichever is best, which goes through them likewise; and its multiply-adds at the peak (peaks.py). Heads lie on huge
-pages, where `exeunt.huge_pages` puts them, or on small ones as torch allocates them; packed copies are always on huge
-ones.
+One test is one shape. Its sides run in turns, and ratios are of medians of the same turn, so that a noisy machine is as
+noisy for each: the op on the weight as it lies, on a packed copy, on an int8 copy; the torch pipeline (norm, linear,
+float32 log-softmax, top 2, entropy), eager and under torch.compile. There are as many heads of each kind as fill 1 GB
+(16 at most), and a side goes through all of its own in a turn: no side finds its head in a processor's cache, and what
+Python brings along is as warm as it is in a loop of checks. The floor is the slower of two, both measured in the same
+turns: a read of the heads as they lie, plain loads in 1, 2, 4 or 8 streams a thread, whichever is best, which goes
+through them likewise; and multiply-adds in registers, for a millisecond or some (peaks.py), scaled to as many as the
+case has. Heads lie on huge pages, where `exeunt.huge_pages`
+puts them, or on small ones as torch allocates them; packed copies are always on huge ones.
 
 `python benchmarks/table.py FILE ...` turns what `--benchmark-json=FILE` wrote into a table. All cases take an hour;
 pick with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
@@ -29,7 +30,7 @@ SHAPES = [(2, 768), (35, 384), (8192, 384), (49152, 576), (50257, 768), (32000, 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 ROWS = [1, 2, 4, 8, 16, 32, 64, 256]
 STREAMS = (1, 2, 4, 8)
-TURNS, PASSES = 2, 3  # turns of the sides; each goes through its heads so often
+TURNS = 6  # of the sides; each goes through its heads
 BYTES, MOST_HEADS = 1 << 30, 16  # of each kind
 
 
@@ -71,14 +72,38 @@ def heads():
 
 @pytest.fixture(scope="module")
 def machine():
-    """Multiply-add peaks in FLOP/s by the dtype that reaches them, and the library that measures bandwidth."""
+    """The library that measures, and by dtype the fastest multiply-adds: which peak, and how many of them make one."""
     lib = peaks.library()
     _, rates = peaks.measure(rounds=4)
-    best = {name.split()[0]: max(r for n, r in rates.items() if n.startswith(name.split()[0])) for name in rates}
-    wide = best.get("float32", float("inf"))
+
+    def fastest(each):
+        kinds = [name.split()[0] for name in rates]
+        found = [
+            (rate / each[kind], i, each[kind])
+            for i, (kind, rate) in enumerate(zip(kinds, rates.values(), strict=True))
+            if kind in each
+        ]
+        return max(found)[1:] if found else None  # peaks.cpp knows those of AVX-512 and AMX
+
     # A packed float32 product is six bfloat16 ones, a float16 one four: csrc/cpu/product_split.inc.
-    half = best.get("bfloat16", wide)
-    return lib, {"fp32": max(wide, half / 6) * 1e9, "fp16": max(wide, half / 4) * 1e9, "bf16": half * 1e9}
+    return lib, {"fp32": fastest({"float32": 1, "bfloat16": 6}), "fp16": fastest({"float32": 1, "bfloat16": 4}),
+                 "bf16": fastest({"float32": 1, "bfloat16": 1})}  # fmt: skip
+
+
+def seconds(call, *args):
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def read(lib, head, threads, streams):
+    """Seconds that a plain read takes."""
+    return head.nbytes / (lib.read_rate(head.data_ptr(), head.nbytes, threads, streams) * 1e9)
+
+
+def multiply_adds(lib, which, each, count):
+    """Seconds that so many take, `each` of that peak for one."""
+    return 2 * count * each / (lib.peak_rate(which, torch.get_num_threads(), 1) * 1e9)
 
 
 @pytest.mark.parametrize("n", ROWS)
@@ -100,26 +125,28 @@ def test_exit_stats(benchmark, heads, machine, v, d, dtype, n, pages):
     }
     lib, peak = machine
     threads = torch.get_num_threads()
-    times = {side: [] for side in (*sides, *STREAMS)}
+    turns = []
     with torch.inference_mode():
         for call, its in sides.values():
             call(hidden, its[0], weight)
             call(hidden, its[-1], weight)
         for _ in range(TURNS):
-            for side, (call, its) in sides.items():
-                for head in its * PASSES:
-                    start = time.perf_counter()
-                    call(hidden, head, weight)
-                    times[side].append(time.perf_counter() - start)
-            for streams in STREAMS:
-                for head in lying * PASSES:
-                    rate = lib.read_rate(head.data_ptr(), nbytes, threads, streams)
-                    times[streams].append(nbytes / (rate * 1e9))
+            times = {side: [seconds(call, hidden, head, weight) for head in its] for side, (call, its) in sides.items()}
+            reads = [[read(lib, head, threads, streams) for head in lying] for streams in STREAMS]
+            adds = [0.0 if peak[dtype] is None else multiply_adds(lib, *peak[dtype], n * v * d) for _ in lying]
+            turn = {side: statistics.median(t) for side, t in times.items()}
+            turn["read"], turn["multiply-add"] = min(map(statistics.median, reads)), statistics.median(adds)
+            turns.append(turn | {"floor": max(turn["read"], turn["multiply-add"])})
         benchmark.pedantic(lambda: fused(hidden, lying[0], weight), rounds=3)
-    median = {side: statistics.median(t) for side, t in times.items()}
-    read = min(median[streams] for streams in STREAMS)
-    floor = max(read, 2 * n * v * d / peak[dtype])
+    median = {side: statistics.median(turn[side] for turn in turns) for side in turns[0]}
+    # How many times a side's time the floor, or a peer's, is.
+    ratios = {
+        f"{other} / {side}": statistics.median(turn[other] / turn[side] for turn in turns)
+        for side in ("exeunt", "packed")
+        for other in ("floor", "torch", "torch.compile")
+    }
+    bound = "read" if median["read"] > median["multiply-add"] else "multiply-add"
     benchmark.extra_info.update(
-        v=v, d=d, dtype=dtype, n=n, pages=pages, threads=threads, bandwidth=nbytes / read / 1e9, floor=floor * 1e3,
-        bound="read" if read == floor else "multiply-add", sides={side: median[side] * 1e3 for side in sides},
+        v=v, d=d, dtype=dtype, n=n, pages=pages, threads=threads, bandwidth=nbytes / median["read"] / 1e9,
+        floor=median["floor"] * 1e3, bound=bound, sides={side: median[side] * 1e3 for side in sides}, ratios=ratios,
     )  # fmt: skip

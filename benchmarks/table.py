@@ -22,19 +22,20 @@ def table(results: dict) -> str:
     lines = [
         f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
         "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's, as "
-        "the head lies and packed.",
+        "the head lies and packed. Ratios are medians of those of a turn.",
         "",
         "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for b in results["benchmarks"]:
         info = b["extra_info"]
-        t, floor = info["sides"], info["floor"]
-        ours, packed = t["exeunt"], t["packed"]
-        cells = [f"{floor:.3g} {info['bound'][0]}", f"{ours:.3g} ({floor / ours:.2f})"]
-        cells += [f"{packed:.3g} ({floor / packed:.2f})", f"{t['int8']:.3g}"]
+        t, ratio = info["sides"], info["ratios"]
+        cells = [f"{info['floor']:.3g} {info['bound'][0]}"]
+        cells += [f"{t[side]:.3g} ({ratio[f'floor / {side}']:.2f})" for side in ("exeunt", "packed")]
+        cells.append(f"{t['int8']:.3g}")
         for peer in ("torch", "torch.compile"):
-            cells.append(f"{t[peer]:.3g} ({t[peer] / ours:.2f}x, {t[peer] / packed:.2f}x)")
+            times = ", ".join(f"{ratio[f'{peer} / {side}']:.2f}x" for side in ("exeunt", "packed"))
+            cells.append(f"{t[peer]:.3g} ({times})")
         case = f"{info['v']} x {info['d']} | {info['dtype']} | {info['pages']} | {info['n']}"
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
