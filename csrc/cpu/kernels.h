@@ -9,6 +9,9 @@
 
 namespace exeunt::cpu {
 
+// Whether this processor fetches what comes next of a single stream better than instructions tell it to (isa.cpp).
+bool follows_streams();
+
 // What a hidden row packed as integers needs to become floats again (int8 heads, see product.h).
 struct RowScale {
   float scale;
