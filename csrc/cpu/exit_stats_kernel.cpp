@@ -23,8 +23,8 @@ namespace {
 constexpr float kFloor = -88.0f;  // below it e^x is no normal number: exp() makes it zero
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// What exponents are relative to: a row's largest logit so far, until one exceeds it by kSlack. Most rows keep the first
-// group's, so that sums neither wait for the largest logit nor are scaled to it. What `weighted` loses when it is
+// What exponents are relative to: a row's largest logit so far, until one exceeds it by kSlack. Most rows keep the
+// first group's, so that sums neither wait for the largest logit nor are scaled to it. What `weighted` loses when it is
 // shifted to the largest at the end is less than e^kSlack ulp of itself: the reference is one of its terms.
 constexpr float kSlack = 2.0f;
 
