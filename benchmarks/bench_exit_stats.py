@@ -7,8 +7,8 @@ float32 log-softmax, top 2, entropy), eager and under torch.compile. There are a
 Python brings along is as warm as it is in a loop of checks. The floor is the slower of two, both measured in the same
 turns: a read of the heads as they lie, plain loads in 1, 2, 4 or 8 streams a thread, whichever is best, which goes
 through them likewise; and multiply-adds in registers, for a millisecond or some (peaks.py), scaled to as many as the
-case has. Heads lie on huge pages, where `exeunt.huge_pages`
-puts them, or on small ones as torch allocates them; packed copies are always on huge ones.
+case has. Heads lie on huge pages, where `exeunt.huge_pages` puts them, or on small ones as torch allocates them; packed
+copies are always on huge ones.
 
 `python benchmarks/table.py FILE ...` turns what `--benchmark-json=FILE` wrote into a table. All cases take an hour;
 pick with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.
@@ -77,12 +77,8 @@ def machine():
     _, rates = peaks.measure(rounds=4)
 
     def fastest(each):
-        kinds = [name.split()[0] for name in rates]
-        found = [
-            (rate / each[kind], i, each[kind])
-            for i, (kind, rate) in enumerate(zip(kinds, rates.values(), strict=True))
-            if kind in each
-        ]
+        kinds = ((i, name.split()[0], rate) for i, (name, rate) in enumerate(rates.items()))
+        found = [(rate / each[kind], i, each[kind]) for i, kind, rate in kinds if kind in each]
         return max(found)[1:] if found else None  # peaks.cpp knows those of AVX-512 and AMX
 
     # A packed float32 product is six bfloat16 ones, a float16 one four: csrc/cpu/product_split.inc.
@@ -101,9 +97,12 @@ def read(lib, head, threads, streams):
     return head.nbytes / (lib.read_rate(head.data_ptr(), head.nbytes, threads, streams) * 1e9)
 
 
-def multiply_adds(lib, which, each, count):
-    """Seconds that so many take, `each` of that peak for one."""
-    return 2 * count * each / (lib.peak_rate(which, torch.get_num_threads(), 1) * 1e9)
+def multiply_adds(lib, peak, count, threads):
+    """Seconds that so many take; 0 where nobody knows the peak."""
+    if peak is None:
+        return 0.0
+    which, each = peak
+    return 2 * count * each / (lib.peak_rate(which, threads, 1) * 1e9)
 
 
 @pytest.mark.parametrize("n", ROWS)
@@ -133,7 +132,7 @@ def test_exit_stats(benchmark, heads, machine, v, d, dtype, n, pages):
         for _ in range(TURNS):
             times = {side: [seconds(call, hidden, head, weight) for head in its] for side, (call, its) in sides.items()}
             reads = [[read(lib, head, threads, streams) for head in lying] for streams in STREAMS]
-            adds = [0.0 if peak[dtype] is None else multiply_adds(lib, *peak[dtype], n * v * d) for _ in lying]
+            adds = [multiply_adds(lib, peak[dtype], n * v * d, threads) for _ in lying]
             turn = {side: statistics.median(t) for side, t in times.items()}
             turn["read"], turn["multiply-add"] = min(map(statistics.median, reads)), statistics.median(adds)
             turns.append(turn | {"floor": max(turn["read"], turn["multiply-add"])})

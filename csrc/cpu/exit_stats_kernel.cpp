@@ -134,7 +134,7 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
   for (int64_t first = a.first_row; first < a.end_row; first += block) {
     const int64_t rows = a.end_row - first < block ? a.end_row - first : block;
     alignas(64) LaneStats stats[kMaxRows];
-    float reference[kMaxRows];
+    float reference[kMaxRows];  // apart: a LaneStats would grow by a vector
     alignas(64) LaneDraw drawn[kMaxRows];
     TopK top[kMaxRows];
     for (int64_t r = 0; r < rows; ++r) {
