@@ -19,7 +19,11 @@ def available_isas() -> list[str]:
     if _backend.cpu is None:
         return []
     chosen = _backend.cpu.isa()
-    found = [isa for isa in ("baseline", "avx2", "avx512", "avx512_bf16", "amx") if _backend.cpu.select_isa(isa) == isa]
+    found = [
+        isa
+        for isa in ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+        if _backend.cpu.select_isa(isa) == isa
+    ]
     _backend.cpu.select_isa(chosen)
     return [isa for isa in found if found.index(isa) <= found.index(chosen)]
 

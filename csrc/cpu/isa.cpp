@@ -25,9 +25,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 bool cpu_has_tiles() {
 #if defined(EXEUNT_AMX_EMULATED)
@@ -65,19 +64,21 @@ bool has_amx() {
    isa::ragged_attention_merge}
 constexpr Isa kBaseline = EXEUNT_ISA_OF(baseline);
 #if defined(__x86_64__)
-constexpr Isa kAvx2 = EXEUNT_ISA_OF(avx2), kAvx512 = EXEUNT_ISA_OF(avx512), kAvx512Bf16 = EXEUNT_ISA_OF(avx512_bf16),
-              kAmx = EXEUNT_ISA_OF(amx);
+constexpr Isa kAvx2 = EXEUNT_ISA_OF(avx2), kAvx512 = EXEUNT_ISA_OF(avx512), kAvx512Vnni = EXEUNT_ISA_OF(avx512_vnni),
+              kAvx512Bf16 = EXEUNT_ISA_OF(avx512_bf16), kAmx = EXEUNT_ISA_OF(amx);
 #endif
 #undef EXEUNT_ISA_OF
 
 // The limits that a user may name, each allowing those before it.
-constexpr const char* kLimits[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
+enum Level { kLevelBaseline, kLevelAvx2, kLevelAvx512, kLevelAvx512Vnni, kLevelAvx512Bf16, kLevelAmx };
+constexpr const char* kLimits[] = {"baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 
-int level(const std::string& limit) {
-  if (limit.empty()) return 4;
-  for (int i = 0; i < 5; ++i)
-    if (limit == kLimits[i]) return i;
-  throw std::invalid_argument("EXEUNT_MAX_ISA must be baseline, avx2, avx512, avx512_bf16 or amx, got '" + limit + "'");
+Level level(const std::string& limit) {
+  if (limit.empty()) return kLevelAmx;
+  for (int i = kLevelBaseline; i <= kLevelAmx; ++i)
+    if (limit == kLimits[i]) return static_cast<Level>(i);
+  throw std::invalid_argument("EXEUNT_MAX_ISA must be baseline, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got '" +
+                              limit + "'");
 }
 
 const Isa* g_selected = &kBaseline;
@@ -100,15 +101,17 @@ bool follows_streams() {
 }
 
 std::string select_isa(const std::string& limit) {
-  [[maybe_unused]] const int allowed = level(limit);
+  [[maybe_unused]] const Level allowed = level(limit);
   const Isa* best = &kBaseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed >= 1 && has_avx2()) best = &kAvx2;
-  if (allowed >= 2 && has_avx512()) best = &kAvx512;
+  if (allowed >= kLevelAvx2 && has_avx2()) best = &kAvx2;
+  if (allowed >= kLevelAvx512 && has_avx512()) best = &kAvx512;
+  if (allowed >= kLevelAvx512Vnni && has_avx512_vnni()) best = &kAvx512Vnni;
   // CPUs with tiles run vdpbf16ps at half the rate of float32 multiply-adds: there it must be asked for by name.
-  if (allowed >= 3 && has_avx512_bf16() && (!cpu_has_tiles() || allowed == 3)) best = &kAvx512Bf16;
-  if (allowed >= 4 && has_amx()) best = &kAmx;
+  if (has_avx512_bf16() && (allowed == kLevelAvx512Bf16 || (allowed == kLevelAmx && !cpu_has_tiles())))
+    best = &kAvx512Bf16;
+  if (allowed >= kLevelAmx && has_amx()) best = &kAmx;
 #endif
   g_selected = best;
   return best->name;

@@ -193,7 +193,7 @@ int main() {
   merge_is_a_monoid();
   runs_take_every_item_once();
   float16_is_exact();
-  for (const char* isa : {"baseline", "avx2", "avx512", "avx512_bf16", "amx"}) {
+  for (const char* isa : {"baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"}) {
     if (cpu::select_isa(isa) != isa) continue;  // not on this machine
     for (int64_t n : {1, 2, 5, 20, 66})
       for (int64_t v : {1, 3, 35, 130, 515})

@@ -157,5 +157,5 @@ def test_bad_input_gets_one_sentence(change, error, message):
 def test_unknown_isa_limit():
     if _backend.cpu is None:
         pytest.skip("exeunt._cpu is not built")
-    with pytest.raises(ValueError, match="must be baseline, avx2, avx512, avx512_bf16 or amx, got 'sse9'"):
+    with pytest.raises(ValueError, match="must be baseline, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got 'sse9'"):
         _backend.cpu.select_isa("sse9")
