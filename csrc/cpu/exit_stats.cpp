@@ -108,13 +108,13 @@ void exit_stats(const ExitStatsParams& p) {
   const int64_t share = layout.chunks < threads ? kShare : std::max<int64_t>(live, 1);
   const int64_t shares = (live + share - 1) / share;
   Runs runs(layout.chunks * shares, threads);
-  const int group = p.head.dtype == DType::int8 ? 8 : 16;  // rows that lie in the same lines: one thread writes them
+  constexpr int kGroup = 16;  // rows that may lie in the same lines: one thread writes them
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
     float* own = reinterpret_cast<float*>(panel + layout.panel_size);
-#pragma omp for schedule(static, group)
+#pragma omp for schedule(static, kGroup)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
       float* row = plain ? plain + r * p.width : own;

@@ -15,7 +15,7 @@ bool follows_streams();
 // What a hidden row packed as integers needs to become floats again (int8 heads, see product.h).
 struct RowScale {
   float scale;
-  int32_t sum_high, sum_low;  // of its two planes
+  int32_t sums[2];  // of its integers; on tile registers, of either of their planes
 };
 
 // Hidden rows in the form that a weight's product wants: rows_bytes() of memory, 64-byte aligned.

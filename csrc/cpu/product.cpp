@@ -98,15 +98,6 @@ EXEUNT_INLINE void fetch_to_write(char* to, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(to + at, 1, 3);
 }
 
-// Products that have yet to be scaled, or those of planes one after the other.
-template <class K>
-EXEUNT_INLINE void finish(const Tile& tile, PackedRows x, int64_t first, int64_t rows, float (*z)[kTile]) {
-  for (int64_t r = 0; r < rows; ++r) {
-    K::finish(z[r * K::kPlanes], x.scale[first + r], tile.scale);
-    if (K::kPlanes > 1) __builtin_memmove(z[r], z[r * K::kPlanes], sizeof z[r]);
-  }
-}
-
 // Where line l of a tile begins, or of the next one where this one is over.
 EXEUNT_INLINE const char* line_of(const Tile& tile, int64_t l) {
   return l < tile.lines ? tile.data + l * tile.line_stride : tile.next + (l - tile.lines) * tile.line_stride;
@@ -152,11 +143,7 @@ EXEUNT_INLINE auto with_product(DType weights, WeightForm form, F&& f) {
       return vectors(Bfloat16());
 #endif
     case DType::int8:
-#if defined(__AVX512VNNI__)
-      return vectors(Int8Planes());
-#else
-      return vectors(Int8());
-#endif
+      return f(TurnedProduct<Int8Pairs, true>());
     case DType::float16:
       return vectors(Half());
     default:

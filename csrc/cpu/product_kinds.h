@@ -1,13 +1,12 @@
-// How the streaming product multiplies weights of each dtype, where vector registers do it; and hidden rows as two int8
-// planes, which tile registers share.
+// How the streaming product multiplies weights of each dtype where vector registers do it; and hidden rows as integers,
+// which int8 weights meet there and in tile registers.
 //
 //   kind             numbers of a unit                     of a hidden row          sums
 //   Float32          it is                                 float                    float
 //   Bfloat16         its two elements, widened             float                    float     (no bfloat16 instruction)
 //   Bfloat16Pairs    it is                                 two bfloat16             float     vdpbf16ps
 //   Half             its two elements, widened             float                    float, of even and of odd D
-//   Int8             its four elements, widened            float                    float     (no int8 instruction)
-//   Int8Planes       it is                                 four of an int8 plane    int32     vpdpbusd
+//   Int8Pairs        its even and its odd elements         two of 16 bits           int32     vpmaddwd, vpdpwssd
 #pragma once
 #include <limits>
 
@@ -45,14 +44,14 @@ EXEUNT_INLINE Vec spread(const char* p) {
   }
 }
 
-// ---- hidden rows as two int8 planes ---------------------------------------------------------------------------------
+// ---- hidden rows as integers ----------------------------------------------------------------------------------------
 
-// Integer products are exact, so a row is split rather than rounded: q = round(x / scale), |q| <= 127 * 128, is
-// 128 * high + low, both int8, and the planes are packed as two rows. Weights are stored + 128, because the
-// instructions want unsigned by signed: join_planes() takes 128 * sum(plane) off again.
+// Int8 weights meet q = round(x / scale) with |q| <= 127 * 128, so that theirs is the rounding that shows. Integer
+// products are exact. Weights are stored + 128, because instructions want unsigned by signed: 128 * sum(q) comes off at
+// the end.
 
 // The scale of a row, whose sums its parts will add to. A row that is not finite is flagged: all its products are NaN.
-EXEUNT_INLINE RowScale plane_scale(const float* row, int64_t width) {
+EXEUNT_INLINE RowScale integer_scale(const float* row, int64_t width) {
   Vec largest{};
   IVec strange{};
   const auto see = [&](Vec v) __attribute__((always_inline)) {
@@ -64,69 +63,52 @@ EXEUNT_INLINE RowScale plane_scale(const float* row, int64_t width) {
   for (; d + kLanes <= width; d += kLanes) see(load(row + d));
   for (; d < width; ++d) see(splat(row[d]));
   const float most = across(largest, [](Vec a, Vec b) { return max(a, b); })[0];
-  return {any(strange) ? std::numeric_limits<float>::quiet_NaN() : most / (127 * 128), 0, 0};
+  return {any(strange) ? std::numeric_limits<float>::quiet_NaN() : most / (127 * 128), {}};
 }
 
-// The planes of `count` elements of a row, zeros where it has no scale.
-EXEUNT_INLINE void split_planes(const float* row, int64_t count, RowScale& s, int8_t* high_plane, int8_t* low_plane) {
+// `count` elements of a row as integers, zeros where it has no scale.
+EXEUNT_INLINE void to_integers(const float* row, int64_t count, float scale, int32_t* q) {
   constexpr float kLeast = 1e-30f / (127 * 128);
-  if (!(s.scale >= kLeast)) {
-    __builtin_memset(high_plane, 0, static_cast<uint64_t>(count));
-    __builtin_memset(low_plane, 0, static_cast<uint64_t>(count));
+  if (!(scale >= kLeast)) {
+    __builtin_memset(q, 0, static_cast<uint64_t>(count) * sizeof *q);
     return;
   }
-  int32_t sum_high = 0, sum_low = 0;
   for (int64_t d = 0; d < count; ++d) {
-    const float q = row[d] / s.scale;
-    const int rounded = static_cast<int>(q < 0.0f ? q - 0.5f : q + 0.5f);
-    const int high = (rounded + 64 + (128 << 8)) / 128 - 256, low = rounded - 128 * high;  // low in [-64, 63]
-    high_plane[d] = static_cast<int8_t>(high);
-    low_plane[d] = static_cast<int8_t>(low);
-    sum_high += high;
-    sum_low += low;
-  }
-  s.sum_high += sum_high;
-  s.sum_low += sum_low;
-}
-
-// z[0..15] and z[16..31] hold the integer sums of a row's planes; z[0..15] becomes their product.
-EXEUNT_INLINE void join_planes(float* z, const RowScale& s, const float* weight_scale) {
-  for (int i = 0; i < kTile; ++i) {
-    int32_t high, low;
-    __builtin_memcpy(&high, z + i, sizeof high);
-    __builtin_memcpy(&low, z + kTile + i, sizeof low);
-    const float q = static_cast<float>(high - 128 * s.sum_high) * 128.0f + static_cast<float>(low - 128 * s.sum_low);
-    z[i] = q * s.scale * weight_scale[i];
+    const float exact = row[d] / scale;
+    q[d] = static_cast<int32_t>(exact < 0.0f ? exact - 0.5f : exact + 0.5f);
   }
 }
 
 // ---- kinds ----------------------------------------------------------------------------------------------------------
 
-// kPlanes    packed rows per hidden row
 // kNumbers   of a unit
 // kChains    sums that the numbers of a product go to in turns
 // kSums      registers of sums over a tile's 16 columns
-// add        a register of sums += weights times hidden numbers
-// add_spread the same with kChains hidden numbers that lie in memory, spread over the lanes
-// numbers    kLanes numbers of a weight row as it lies
+// Sum        one of them, over a block of kBlock numbers; total() of it is added to those of other blocks
+// kExact     whether the order within a block does not matter
+// add_spread a register of sums += weights times kChains hidden numbers that lie in memory, spread over the lanes
 // turned     a unit of kLanes columns -> kSums registers for each kChains of its numbers, kSums apart
 // put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step +
 //            n % kChains * next
 // finish     scales the products of 16 columns
+// numbers, add (of those that a weight's row as it lies may have)
+//            kLanes numbers of it; a register of sums += weights times hidden numbers
 
 template <int Numbers, int Chains>
 struct FloatKind {
   using Sum = Vec;
-  static constexpr int kPlanes = 1, kNumbers = Numbers, kChains = Chains, kSums = kTile * Chains / kLanes;
+  static constexpr int kNumbers = Numbers, kChains = Chains, kSums = kTile * Chains / kLanes, kBlock = 128;
+  static constexpr bool kExact = false;
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) { sum += w * spread<Chains>(number); }
+  EXEUNT_INLINE Vec total(Sum sum) { return sum; }
   EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* const* out, int64_t step, int64_t next,
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t next,
                          RowScale&) {
     for (int64_t n = 0; n < numbers; n += Chains)
       for (int64_t i = 0; i < Chains; ++i) {
         const float value = n + i < width ? row[n + i] : 0.0f;
-        __builtin_memcpy(out[0] + n / Chains * step + i * next, &value, sizeof value);
+        __builtin_memcpy(out + n / Chains * step + i * next, &value, sizeof value);
       }
   }
 };
@@ -153,82 +135,73 @@ struct Bfloat16 : FloatKind<2, 1> {  // the upper half of a float
   }
 };
 
-struct Int8 : FloatKind<4, 1> {
-  EXEUNT_INLINE Vec numbers(const char* p) {
-    uint8_t __attribute__((vector_size(kLanes))) bytes;
-    __builtin_memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, IVec) - 128, Vec);
-  }
-  EXEUNT_INLINE void turned(UVec unit, Vec* to) {
-    for (int i = 0; i < kNumbers; ++i)
-      to[i * kSums] = __builtin_convertvector(bits<IVec>(unit >> (8 * i) & 0xffu) - 128, Vec);
-  }
-  EXEUNT_INLINE void finish(float* z, const RowScale&, const float* weight_scale) {
-    for (int i = 0; i < kTile; ++i) z[i] *= weight_scale[i];
-  }
-};
-
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-// Units that an instruction multiplies as they are.
-template <class SumOf>
-struct UnitKind {
-  using Sum = SumOf;
-  static constexpr int kNumbers = 1, kChains = 1, kSums = 1;
-  EXEUNT_INLINE Sum numbers(const char* p) { return vector_at<Sum>(p); }
-  EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
-  // The numbers of a line, `step` bytes apart.
-  EXEUNT_INLINE void scatter(const void* line, char* to, int64_t step) {
-    for (int64_t u = 0; u < kUnits; ++u)
-      __builtin_memcpy(to + u * step, static_cast<const char*>(line) + u * kUnit, kUnit);
-  }
-};
-#endif
-
 #if defined(__AVX512BF16__)
 // Two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
-struct Bfloat16Pairs : UnitKind<Vec> {
-  static constexpr int kPlanes = 1;
+struct Bfloat16Pairs {
+  using Sum = Vec;
+  static constexpr int kNumbers = 1, kChains = 1, kSums = 1, kBlock = 128;
+  static constexpr bool kExact = false;
+  EXEUNT_INLINE Vec numbers(const char* p) { return vector_at<Vec>(p); }
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
   // Spread by the instruction itself, which GCC does not know: an instruction of its own takes a third as long again.
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
     asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
   }
+  EXEUNT_INLINE Vec total(Sum sum) { return sum; }
+  EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
   EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* const* out, int64_t step, int64_t,
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t,
                          RowScale&) {
     for (int64_t n = 0; n < numbers; n += kUnits) {  // a line at a time: the rounding is vectorised
       BFloat16 line[2 * kUnits] = {};
       const int64_t left = width - 2 * n, count = left < 2 * kUnits ? left : 2 * kUnits;
       for (int64_t d = 0; d < count; ++d) line[d] = to_bfloat16(row[2 * n + d]);
-      scatter(line, out[0] + n * step, step);
+      for (int64_t u = 0; u < kUnits; ++u) __builtin_memcpy(out + (n + u) * step, line + 2 * u, kUnit);
     }
   }
 };
 #endif
 
-#if defined(__AVX512VNNI__)
-struct Int8Planes : UnitKind<IVec> {
-  static constexpr int kPlanes = 2;
-  EXEUNT_INLINE void add(Sum& sum, IVec w, IVec x) {
-    sum = (IVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-  }
+// Two products and an int32 sum in each lane, which holds that of a block: 256 * 2 * 255 * 127 * 128 < 2^31. Only
+// packed.
+struct Int8Pairs {
+  using Sum = IVec;
+  static constexpr int kNumbers = 2, kChains = 1, kSums = kTile / kLanes, kBlock = 256;
+  static constexpr bool kExact = true;
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
-    asm("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
+#if defined(__AVX512VNNI__)
+    asm("vpdpwssd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
+#else
+    sum += product_of_pairs(bits<IVec>(w), bits<IVec>(spread<1>(number)));
+#if defined(__x86_64__) && !defined(__AVX512F__)
+    asm volatile("" : "+x"(sum));  // one after the other: GCC would have more products at a time than registers
+#endif
+#endif
   }
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* const* out, int64_t step, int64_t,
+  EXEUNT_INLINE Vec total(Sum sum) { return __builtin_convertvector(sum, Vec); }
+  EXEUNT_INLINE void turned(UVec unit, Vec* to) {
+    to[0] = bits<Vec>(unit & 0x00ff00ffu);
+    to[kSums] = bits<Vec>(unit >> 8 & 0x00ff00ffu);
+  }
+  EXEUNT_INLINE void finish(float* z, const RowScale& s, const float* weight_scale) {
+    for (int i = 0; i < kTile; ++i) z[i] = (z[i] - 128.0f * static_cast<float>(s.sums[0])) * s.scale * weight_scale[i];
+  }
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t,
                          RowScale& s) {
-    s = plane_scale(row, width);
-    for (int64_t n = 0; n < numbers; n += kUnits) {
-      int8_t high[4 * kUnits] = {}, low[4 * kUnits] = {};
-      const int64_t left = width - 4 * n, count = left < 4 * kUnits ? left : 4 * kUnits;
-      split_planes(row + 4 * n, count, s, high, low);
-      scatter(high, out[0] + n * step, step);
-      scatter(low, out[1] + n * step, step);
+    s = integer_scale(row, width);
+    for (int64_t n = 0; n < numbers; n += 2 * kUnits) {
+      int32_t q[4 * kUnits] = {};
+      const int64_t left = width - 2 * n;
+      to_integers(row + 2 * n, left < 4 * kUnits ? left : 4 * kUnits, s.scale, q);
+      for (int64_t i = 0; i < 4 * kUnits; ++i) s.sums[0] += q[i];
+      for (int64_t i = 0; i < 2 * kUnits; ++i) {
+        const int64_t first = i / 2 * 4 + i % 2;
+        const int16_t pair[2] = {static_cast<int16_t>(q[first]), static_cast<int16_t>(q[first + 2])};
+        __builtin_memcpy(out + (n + i) * step, pair, kNumber);
+      }
     }
   }
-  EXEUNT_INLINE void finish(float* z, const RowScale& s, const float* weight_scale) { join_planes(z, s, weight_scale); }
 };
-#endif
 
 }  // namespace
 }  // namespace exeunt::cpu::EXEUNT_ISA

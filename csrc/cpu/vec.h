@@ -1,7 +1,7 @@
 // One vector of floats as wide as the ISA this file is compiled for, in GCC/Clang vector extensions: the same source
 // becomes SSE2 or NEON (4 lanes), AVX2 (8) and AVX-512 (16). Everything is static and inside the ISA's namespace.
 #pragma once
-#if defined(__x86_64__) && defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -109,6 +109,19 @@ EXEUNT_INLINE Vec max(Vec a, Vec b) {  // b where either is NaN; GCC makes two i
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// w[0] * x[0] + w[1] * x[1] of pairs of int16, lane by lane.
+EXEUNT_INLINE IVec product_of_pairs(IVec w, IVec x) {
+#if defined(__AVX512F__)
+  return (IVec)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+  return (IVec)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+  return (IVec)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#else
+  return (w << 16 >> 16) * (x << 16 >> 16) + (w >> 16) * (x >> 16);
 #endif
 }
 
