@@ -32,7 +32,7 @@ class PackedHead:
     dtype : torch.dtype, optional
         Of the copy: the weight's own (default), ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``: symmetric,
         one scale a vocabulary row, rounding error at most ``max |row| / 254`` a weight. Hidden rows meet an int8 head
-        as two int8 planes (15 bits of their largest element), so the weight's rounding is the error that shows.
+        rounded to 15 bits of their largest element, so the weight's rounding is the error that shows.
 
     Raises
     ------
