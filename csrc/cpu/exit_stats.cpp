@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunk = 256;
+constexpr int kSideBySide = 16;        // packed rows that may lie in the same lines: one thread writes them
 constexpr int64_t kShare = 64;         // rows that a call of the product takes at most
 constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
 
@@ -108,13 +109,12 @@ void exit_stats(const ExitStatsParams& p) {
   const int64_t share = layout.chunks < threads ? kShare : std::max<int64_t>(live, 1);
   const int64_t shares = (live + share - 1) / share;
   Runs runs(layout.chunks * shares, threads);
-  constexpr int kGroup = 16;  // rows that may lie in the same lines: one thread writes them
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
     float* own = reinterpret_cast<float*>(panel + layout.panel_size);
-#pragma omp for schedule(static, kGroup)
+#pragma omp for schedule(static, kSideBySide)
     for (int64_t r = 0; r < live; ++r) {
       out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
       float* row = plain ? plain + r * p.width : own;

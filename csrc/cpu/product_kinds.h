@@ -85,7 +85,6 @@ EXEUNT_INLINE void to_integers(const float* row, int64_t count, float scale, int
 // kChains    sums that the numbers of a product go to in turns
 // kSums      registers of sums over a tile's 16 columns
 // Sum        one of them, over a block of kBlock numbers; total() of it is added to those of other blocks
-// kExact     whether the order within a block does not matter
 // add_spread a register of sums += weights times kChains hidden numbers that lie in memory, spread over the lanes
 // turned     a unit of kLanes columns -> kSums registers for each kChains of its numbers, kSums apart
 // put        a hidden row's numbers up to the end of the last line: number n goes to n / kChains * step +
@@ -94,15 +93,19 @@ EXEUNT_INLINE void to_integers(const float* row, int64_t count, float scale, int
 // numbers, add (of those that a weight's row as it lies may have)
 //            kLanes numbers of it; a register of sums += weights times hidden numbers
 
-template <int Numbers, int Chains>
-struct FloatKind {
+// What sums of floats have in common.
+struct FloatSums {
   using Sum = Vec;
-  static constexpr int kNumbers = Numbers, kChains = Chains, kSums = kTile * Chains / kLanes, kBlock = 128;
-  static constexpr bool kExact = false;
-  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
-  EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) { sum += w * spread<Chains>(number); }
+  static constexpr int kBlock = 128;
   EXEUNT_INLINE Vec total(Sum sum) { return sum; }
   EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
+};
+
+template <int Numbers, int Chains>
+struct FloatKind : FloatSums {
+  static constexpr int kNumbers = Numbers, kChains = Chains, kSums = kTile * Chains / kLanes;
+  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
+  EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) { sum += w * spread<Chains>(number); }
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t next,
                          RowScale&) {
     for (int64_t n = 0; n < numbers; n += Chains)
@@ -137,19 +140,13 @@ struct Bfloat16 : FloatKind<2, 1> {  // the upper half of a float
 
 #if defined(__AVX512BF16__)
 // Two products and a float32 sum in each lane. The row was rounded to bfloat16 before.
-struct Bfloat16Pairs {
-  using Sum = Vec;
-  static constexpr int kNumbers = 1, kChains = 1, kSums = 1, kBlock = 128;
-  static constexpr bool kExact = false;
-  EXEUNT_INLINE Vec numbers(const char* p) { return vector_at<Vec>(p); }
-  EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+struct Bfloat16Pairs : FloatSums {
+  static constexpr int kNumbers = 1, kChains = 1, kSums = 1;
   // Spread by the instruction itself, which GCC does not know: an instruction of its own takes a third as long again.
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
     asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
   }
-  EXEUNT_INLINE Vec total(Sum sum) { return sum; }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
-  EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t,
                          RowScale&) {
     for (int64_t n = 0; n < numbers; n += kUnits) {  // a line at a time: the rounding is vectorised
@@ -167,7 +164,6 @@ struct Bfloat16Pairs {
 struct Int8Pairs {
   using Sum = IVec;
   static constexpr int kNumbers = 2, kChains = 1, kSums = kTile / kLanes, kBlock = 256;
-  static constexpr bool kExact = true;
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) {
 #if defined(__AVX512VNNI__)
     asm("vpdpwssd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
