@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="models are transformers models")
 from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import exeunt
 from exeunt.models import attention
@@ -103,6 +104,18 @@ def test_a_static_cache_is_longer_than_what_is_in_it():
             step = model(ids[:, 5:6], past_key_values=cache, cache_position=torch.tensor([5])).logits
             outs.append(torch.cat([prompt, step], 1))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["torch", "kernel"])
+def test_columns_of_a_mask_beyond_the_keys_mean_nothing(softcap):
+    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((5, 7), -torch.inf).triu(1)[None, None]
+    exeunt.register_attention()
+    attend = ALL_ATTENTION_FUNCTIONS["exeunt"]
+    more = {} if softcap is None else {"softcap": softcap}
+    got, _ = attend(torch.nn.Module(), query, key, value, mask, scaling=0.3, **more)
+    want, _ = attend(torch.nn.Module(), query, key, value, mask[..., :5], scaling=0.3, **more)
+    assert torch.equal(got, want)
 
 
 def test_training_and_dropout_are_torchs_own():

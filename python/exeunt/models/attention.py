@@ -235,6 +235,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers asks of an attention implementation: [B, q, Hq, Dv] of ``query`` [B, Hq, q, Dh]."""
+    if attention_mask is not None and not is_ranges(attention_mask):  # StableLM's of 5.0 has a column too many
+        attention_mask = attention_mask[..., : key.shape[2]]
     reason = _unable(query, key, value, attention_mask, dropout, kwargs)
     if _counting.here is not None:
         _counting.here["ragged_attention" if reason is None else f"torch: {reason}"] += 1
