@@ -71,8 +71,12 @@ class Check {
 
   int64_t judge(uintptr_t hidden, int hidden_dtype, const std::array<int64_t, 3>& shape,
                 const std::array<int64_t, 3>& strides, uintptr_t mask, int64_t mask_stride, uintptr_t memory,
-                int threads) const {
-    if (shape[2] != p_.width || strides[2] != 1) return -1;
+                int64_t bytes, int threads) const {
+    if (shape[2] != p_.width || strides[2] != 1 || (shape[1] == 0 && !mean_)) return -1;
+    const int64_t needed = room(shape[0], threads);
+    if (bytes < needed)
+      throw std::invalid_argument("Check: room must have " + std::to_string(needed) + " bytes for " +
+                                  std::to_string(shape[0]) + " rows, got " + std::to_string(bytes));
     SmallHeadParams p = p_;
     p.hidden = reinterpret_cast<const void*>(hidden);
     p.hidden_dtype = static_cast<DType>(hidden_dtype);
@@ -153,7 +157,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("width"), py::arg("mean"), py::arg("measure"), py::arg("threshold"))
       .def("room", &Check::room, py::arg("rows"), py::arg("threads"), "Bytes of memory for up to that many rows.")
       .def("judge", &Check::judge, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("shape"), py::arg("strides"),
-           py::arg("mask"), py::arg("mask_stride"), py::arg("memory"), py::arg("threads"),
+           py::arg("mask"), py::arg("mask_stride"), py::arg("memory"), py::arg("bytes"), py::arg("threads"),
            "How many rows leave; -1 where a score lies too near to the threshold, or states are not to be read so.");
   m.def("small_head_workspace", &cpu::small_head_workspace, py::arg("width"), py::arg("pooler"), py::arg("rows"),
         py::arg("threads"), "Bytes of workspace that small_head and classify need; pooler is 0 without one.");

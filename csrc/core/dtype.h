@@ -6,8 +6,7 @@
 namespace exeunt {
 
 // Element types as they cross the binding. The Python side (ops/_backend.py) sends the same numbers. int8 is a weight
-// only: stored as value + 128 in a byte, with one float32 scale a row (see PackedHead). So is float8_e4m3 (see
-// Fp8Head).
+// only, with one float32 scale a row (see PackedHead), and so is float8_e4m3 (see Fp8Head).
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, float8_e4m3 = 4 };
 
 struct BFloat16 {

@@ -1,7 +1,7 @@
 // exit_stats on CPU: normalise and pack the rows once, run the vocabulary chunks on the threads, merge each row's
 // partials.
 //
-//   workspace: | rows, packed or plain | RowScale [M] | out_rows [M] int64 | partials, topk, drawn [M, chunks] |
+//   workspace: | rows, packed or plain | their scales [M] | out_rows [M] int64 | partials, topk, drawn [M, chunks] |
 //              | per thread: panel, one row |
 //
 // Chunks are fixed by V alone and merged in order, so the bits do not depend on the number of threads.
@@ -40,7 +40,7 @@ struct Layout {
       : chunk(chunk_size(vocab)), chunks((vocab + chunk - 1) / chunk) {
     const int64_t plain = one_by_one(form, vocab) ? rows * width * static_cast<int64_t>(sizeof(float)) : 0;
     scale = round_up(std::max(selected_isa().rows_bytes(head, form, rows, width), plain), 64);
-    out_rows = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
+    out_rows = scale + round_up(rows * static_cast<int64_t>(sizeof(float)), 64);
     partials = out_rows + round_up(rows * static_cast<int64_t>(sizeof(int64_t)), 64);
     topk = partials + round_up(rows * chunks * static_cast<int64_t>(sizeof(ExitStats)), 64);
     drawn = topk + round_up(rows * chunks * k * static_cast<int64_t>(sizeof(Candidate)), 64);
@@ -98,7 +98,7 @@ void exit_stats(const ExitStatsParams& p) {
   Candidate* topk = reinterpret_cast<Candidate*>(workspace + layout.topk);
   Candidate* drawn = reinterpret_cast<Candidate*>(workspace + layout.drawn);
   const int64_t live = p.count ? std::clamp<int64_t>(index_at(p.count, p.count_64, 0), 0, p.rows) : p.rows;
-  const PackedRows x{workspace, reinterpret_cast<RowScale*>(workspace + layout.scale), live};
+  const PackedRows x{workspace, reinterpret_cast<float*>(workspace + layout.scale), live};
   // Named columns have the bits that they have beside all others.
   float* plain = one_by_one(p.head.form, p.vocab) && !p.columns ? reinterpret_cast<float*>(workspace) : nullptr;
   const Isa& isa = selected_isa();

@@ -167,7 +167,9 @@ EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
         for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, to + i, *at(r, i));
       }
       if (capped)
-        each([&](int64_t r, int i, Vec v) { store(at(r, i), tanh(v * gain_in) * gain_out); });
+        each([&](int64_t r, int i, Vec v) {  // but for an infinite product, which is to flag its row
+          store(at(r, i), v - v == 0.0f ? tanh(v * gain_in) * gain_out : v * gain_in);
+        });
       else if (gain_in != 1.0f)
         each([&](int64_t r, int i, Vec v) { store(at(r, i), v * gain_in); });
       if (count % kTile) each([&](int64_t r, int i, Vec v) { store(at(r, i), lane < count - i ? v : splat(-kInf)); });

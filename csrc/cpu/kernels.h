@@ -12,17 +12,11 @@ namespace exeunt::cpu {
 // Whether this processor fetches what comes next of a single stream better than instructions tell it to (isa.cpp).
 bool follows_streams();
 
-// What a hidden row packed as integers needs to become floats again (int8 heads, see product.h).
-struct RowScale {
-  float scale;
-  int32_t sums[2];  // of its integers; on tile registers, of either of their planes
-};
-
 // Hidden rows in the form that a weight's product wants: rows_bytes() of memory, 64-byte aligned.
 struct PackedRows {
   char* data;
-  RowScale* scale;  // one a row
-  int64_t rows;     // all of them: it tells how they lie
+  float* scale;  // one a row: of those packed as integers (int8 heads, product_kinds.h)
+  int64_t rows;  // all of them: it tells how they lie
 };
 
 // Partial statistics of vocabulary rows [begin, end) for some of the live rows of `p`.

@@ -8,7 +8,7 @@
 //                 stays in its cache (a copy that threads share would travel between the cores)
 //   product       a head at a time
 //
-//   workspace: | standard rows [N, D] double | per thread: packed rows of a layer, RowScale, panel, head, one row |
+//   workspace: | standard rows [N, D] double | per thread: packed rows of a layer, their scales, panel, head, one row |
 //
 // A head's rows are computed whole by one thread, so the bits do not depend on the number of threads.
 #include "cpu/kv_fill.h"
@@ -35,7 +35,7 @@ struct Layout {
   Layout(DType dtype, WeightForm form, int64_t rows, int64_t width, int64_t head_size, int32_t threads) {
     const auto floats = [](int64_t count) { return round_up(count * static_cast<int64_t>(sizeof(float)), 64); };
     scale = round_up(selected_isa().rows_bytes(dtype, form, rows, width), 64);
-    panel = scale + round_up(rows * static_cast<int64_t>(sizeof(RowScale)), 64);
+    panel = scale + floats(rows);
     head = panel + panel_bytes(dtype, width);
     row = head + floats(kBlockRows * round_up(head_size, 16));
     thread = row + floats(width);
@@ -114,7 +114,7 @@ void kv_fill(const KvFillParams& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* own = workspace + layout.threads_at + omp_get_thread_num() * layout.thread;
-    PackedRows packed{own, reinterpret_cast<RowScale*>(own + layout.scale), 0};
+    PackedRows packed{own, reinterpret_cast<float*>(own + layout.scale), 0};
     int64_t packed_layer = -1;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < p.rows; ++n)

@@ -47,11 +47,10 @@ EXEUNT_INLINE Vec spread(const char* p) {
 // ---- hidden rows as integers ----------------------------------------------------------------------------------------
 
 // Int8 weights meet q = round(x / scale) with |q| <= 127 * 128, so that theirs is the rounding that shows. Integer
-// products are exact. Weights are stored + 128, because instructions want unsigned by signed: 128 * sum(q) comes off at
-// the end.
+// products are exact.
 
-// The scale of a row, whose sums its parts will add to. A row that is not finite is flagged: all its products are NaN.
-EXEUNT_INLINE RowScale integer_scale(const float* row, int64_t width) {
+// The scale of a row. One that is not finite is flagged: all its products are NaN.
+EXEUNT_INLINE float integer_scale(const float* row, int64_t width) {
   Vec largest{};
   IVec strange{};
   const auto see = [&](Vec v) __attribute__((always_inline)) {
@@ -63,7 +62,7 @@ EXEUNT_INLINE RowScale integer_scale(const float* row, int64_t width) {
   for (; d + kLanes <= width; d += kLanes) see(load(row + d));
   for (; d < width; ++d) see(splat(row[d]));
   const float most = across(largest, [](Vec a, Vec b) { return max(a, b); })[0];
-  return {any(strange) ? std::numeric_limits<float>::quiet_NaN() : most / (127 * 128), {}};
+  return any(strange) ? std::numeric_limits<float>::quiet_NaN() : most / (127 * 128);
 }
 
 // `count` elements of a row as integers, zeros where it has no scale.
@@ -98,7 +97,7 @@ struct FloatSums {
   using Sum = Vec;
   static constexpr int kBlock = 128;
   EXEUNT_INLINE Vec total(Sum sum) { return sum; }
-  EXEUNT_INLINE void finish(float*, const RowScale&, const float*) {}
+  EXEUNT_INLINE void finish(float*, float, const float*) {}
 };
 
 template <int Numbers, int Chains>
@@ -107,7 +106,7 @@ struct FloatKind : FloatSums {
   EXEUNT_INLINE void add(Sum& sum, Vec w, Vec x) { sum += w * x; }
   EXEUNT_INLINE void add_spread(Sum& sum, Vec w, const char* number) { sum += w * spread<Chains>(number); }
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t next,
-                         RowScale&) {
+                         float&) {
     for (int64_t n = 0; n < numbers; n += Chains)
       for (int64_t i = 0; i < Chains; ++i) {
         const float value = n + i < width ? row[n + i] : 0.0f;
@@ -147,8 +146,7 @@ struct Bfloat16Pairs : FloatSums {
     asm("vdpbf16ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const float*>(number)), "v"(w));
   }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) { to[0] = bits<Vec>(unit); }
-  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t,
-                         RowScale&) {
+  EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t, float&) {
     for (int64_t n = 0; n < numbers; n += kUnits) {  // a line at a time: the rounding is vectorised
       BFloat16 line[2 * kUnits] = {};
       const int64_t left = width - 2 * n, count = left < 2 * kUnits ? left : 2 * kUnits;
@@ -159,7 +157,7 @@ struct Bfloat16Pairs : FloatSums {
 };
 #endif
 
-// Two products and an int32 sum in each lane, which holds that of a block: 256 * 2 * 255 * 127 * 128 < 2^31. Only
+// Two products and an int32 sum in each lane, which holds that of a block: 256 * 2 * 127 * 127 * 128 < 2^31. Only
 // packed.
 struct Int8Pairs {
   using Sum = IVec;
@@ -176,20 +174,21 @@ struct Int8Pairs {
   }
   EXEUNT_INLINE Vec total(Sum sum) { return __builtin_convertvector(sum, Vec); }
   EXEUNT_INLINE void turned(UVec unit, Vec* to) {
-    to[0] = bits<Vec>(unit & 0x00ff00ffu);
-    to[kSums] = bits<Vec>(unit >> 8 & 0x00ff00ffu);
+    using Halves = int16_t __attribute__((vector_size(sizeof unit)));
+    const Halves both = bits<Halves>(unit);
+    to[0] = bits<Vec>(both << 8 >> 8);
+    to[kSums] = bits<Vec>(both >> 8);
   }
-  EXEUNT_INLINE void finish(float* z, const RowScale& s, const float* weight_scale) {
-    for (int i = 0; i < kTile; ++i) z[i] = (z[i] - 128.0f * static_cast<float>(s.sums[0])) * s.scale * weight_scale[i];
+  EXEUNT_INLINE void finish(float* z, float scale, const float* weight_scale) {
+    for (int i = 0; i < kTile; ++i) z[i] = z[i] * scale * weight_scale[i];
   }
   EXEUNT_INLINE void put(const float* row, int64_t width, int64_t numbers, char* out, int64_t step, int64_t,
-                         RowScale& s) {
-    s = integer_scale(row, width);
+                         float& scale) {
+    scale = integer_scale(row, width);
     for (int64_t n = 0; n < numbers; n += 2 * kUnits) {
       int32_t q[4 * kUnits] = {};
       const int64_t left = width - 2 * n;
-      to_integers(row + 2 * n, left < 4 * kUnits ? left : 4 * kUnits, s.scale, q);
-      for (int64_t i = 0; i < 4 * kUnits; ++i) s.sums[0] += q[i];
+      to_integers(row + 2 * n, left < 4 * kUnits ? left : 4 * kUnits, scale, q);
       for (int64_t i = 0; i < 2 * kUnits; ++i) {
         const int64_t first = i / 2 * 4 + i % 2;
         const int16_t pair[2] = {static_cast<int16_t>(q[first]), static_cast<int16_t>(q[first + 2])};

@@ -160,7 +160,7 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
   const Isa& isa = selected_isa();
   const LayerArg& first = p.pooled ? p.pooler : p.head;
   // What already is what the product reads is not widened and rounded.
-  const bool mean = p.tokens > 1 || p.mask;
+  const bool mean = p.tokens != 1 || p.mask;
   const bool as_it_is = !mean && p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
                         p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
   float* own = reinterpret_cast<float*>(base);

@@ -178,7 +178,7 @@ class ExitStatsEpilogue {
   }
 
   __device__ float tail(float raw) const {
-    if (p_.softcap <= 0.0f) return raw * (p_.scale / p_.temperature);
+    if (p_.softcap <= 0.0f || isinf(raw)) return raw * (p_.scale / p_.temperature);  // infinite: it is to flag its row
     return tanhf(raw * (p_.scale / p_.softcap)) * (p_.softcap / p_.temperature);
   }
 

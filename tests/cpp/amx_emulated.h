@@ -98,10 +98,10 @@ void multiply_bfloat16(int s, int a, int b) {
   });
 }
 
-[[maybe_unused]] void multiply_unsigned_signed(int s, int a, int b) {
+[[maybe_unused]] void multiply_integers(int s, int a, int b) {
   multiply<int32_t>(s, a, b, [](int32_t sum, int groups, auto x, auto y) {
     for (int k = 0; k < groups; ++k)
-      for (int i = 0; i < 4; ++i) sum += static_cast<int32_t>(x(k)[i]) * static_cast<int8_t>(y(k)[i]);
+      for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(x(k)[i]) * static_cast<int8_t>(y(k)[i]);
     return sum;
   });
 }
@@ -115,11 +115,11 @@ void multiply_bfloat16(int s, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
-#undef _tile_dpbusd
+#undef _tile_dpbssd
 #define _tile_loadconfig exeunt::amx_emulated::load_config
 #define _tile_release exeunt::amx_emulated::release
 #define _tile_zero exeunt::amx_emulated::zero
 #define _tile_loadd exeunt::amx_emulated::load
 #define _tile_stored exeunt::amx_emulated::store
 #define _tile_dpbf16ps exeunt::amx_emulated::multiply_bfloat16
-#define _tile_dpbusd exeunt::amx_emulated::multiply_unsigned_signed
+#define _tile_dpbssd exeunt::amx_emulated::multiply_integers

@@ -209,6 +209,7 @@ int main() {
       matches_a_plain_loop<BFloat16>(DType::bfloat16, form, 3, 40, 64, true);
       matches_a_plain_loop<Float16>(DType::float16, form, 3, 40, 64, true);
     }
+    variants_tests();
     ragged_attention_tests();
     std::printf("%s: checked\n", isa);
   }

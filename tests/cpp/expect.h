@@ -11,4 +11,6 @@ inline void expect(bool ok, const std::string& what) {
   ++failures;
 }
 
-void ragged_attention_tests();  // for the instruction set that is selected
+// For the instruction set that is selected.
+void ragged_attention_tests();
+void variants_tests();

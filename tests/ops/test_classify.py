@@ -141,6 +141,31 @@ def test_statistics_of_unusual_rows(isa, row):
         assert torch.allclose(a, b, equal_nan=True), (row, found, expected)
 
 
+def test_texts_without_tokens_have_state_zero(isa):
+    _, _, weight, bias, _ = inputs()
+    none = torch.empty(4, 0, 70)
+    for mask in (None, torch.empty(4, 0, dtype=torch.bool)):
+        assert torch.equal(ops.classify(none, weight, bias, mask=mask)[0], bias.expand(4, -1))
+        check = ops.Check(weight, bias, measure="margin", threshold=0.2, tokens=True)
+        assert torch.equal(check.logits(check(none, mask)[1], 4), bias.expand(4, -1))
+    assert ops.Check(weight, bias, measure="margin", threshold=0.2, tokens=False)(none, None)[0] == -1
+
+
+def test_defaults_of_torch_change_nothing(isa):
+    hidden, mask, weight, bias, pooler = inputs(p=12)
+    want = ops.classify(hidden, weight, bias, mask=mask, **pooler)
+    check = ops.Check(weight, bias, **pooler, measure="margin", threshold=0.2, tokens=True)
+    gone = check(hidden, mask)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(ops.classify(hidden, weight, bias, mask=mask, **pooler)[0], want[0])
+        assert check(hidden, mask)[0] == gone
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(ops.classify(hidden, weight, bias, mask=mask, **pooler)[0], want[0])
+
+
 def test_checks_share_a_room():
     hidden, mask, weight, bias, pooler = inputs(p=33)
     wide = ops.Check(weight, bias, **pooler, measure="margin", threshold=0.2, tokens=True)
@@ -150,6 +175,10 @@ def test_checks_share_a_room():
     assert out is room
     first = wide.leave(out, 9).clone()
     assert plain(hidden[:4], None, room)[0] == 0  # all labels tie
+    late = ops.Check(weight, bias, **pooler, measure="margin", threshold=0.2, tokens=True)
+    assert late(hidden, mask, room)[0] == gone  # of others, which need as much
+    with pytest.raises(ValueError, match="Check: room must have [0-9]+ bytes for 9 rows, got 100"):
+        wide(hidden, mask, room[:100])
     assert (gone, first.tolist()) == (wide(hidden, mask)[0], wide.leave(wide(hidden, mask)[1], 9).tolist())
     with torch.device("meta"):
         assert ops.Check.room((wide,), torch.zeros(2, 3, 70)) is None
@@ -187,3 +216,26 @@ def test_bad_input_gets_one_sentence(change, error, message):
 def test_an_unknown_measure_is_refused():
     with pytest.raises(ValueError, match="measure must be one of max_prob, .*, got 'saturation'"):
         ops.Check(torch.zeros(2, 4), measure="saturation", threshold=0.5, tokens=False)
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(weight=torch.zeros(3, 8).double()), TypeError, "Check: weights must be float32, bfloat16 or float16 on cpu"),
+        (dict(weight=torch.zeros(8, 3).T), ValueError, "Check: weight must have unit stride along its rows"),
+        (dict(weight=torch.zeros(8)), ValueError, r"Check: weight must have shape \[V, 8\] with V >= 1, got \[8\]"),
+        (dict(pooler_weight=torch.zeros(7, 8)), ValueError, r"Check: weight must have shape \[V, 7\]"),
+        (dict(bias=torch.zeros(2)), ValueError, r"Check: bias must have shape \[3\], got \[2\]"),
+        (dict(activation="gelu"), ValueError, "Check: activation must be one of none, tanh, relu, sigmoid, got 'gelu'"),
+        (dict(hidden=torch.zeros(2, 8)), ValueError, r"Check: hidden must be \[n, S, 8\] .* got \[2, 8\] torch.float32"),
+        (dict(hidden=torch.zeros(2, 4, 8).double()), ValueError, r"Check: hidden must be .* got \[2, 4, 8\] torch.float64"),
+        (dict(mask=torch.ones(2, 4).long()), ValueError, r"Check: mask must be bool of shape \[2, 4\], got torch.int64"),
+        (dict(mask=torch.ones(1, 4) > 0), ValueError, r"Check: mask must be bool of shape \[2, 4\], got .* \[1, 4\]"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_checks_get_one_sentence(change, error, message):
+    given = dict(hidden=torch.zeros(2, 4, 8), mask=None, weight=torch.zeros(3, 8)) | change
+    call = given.pop("hidden"), given.pop("mask")
+    with pytest.raises(error, match=message):
+        ops.Check(**given, measure="margin", threshold=0.5, tokens=True)(*call)

@@ -228,6 +228,23 @@ def test_rows_with_nan_or_inf_are_flagged_and_others_unaffected(backend, bad, v)
     assert not (got.max_prob >= 0.0)[2] and not (got.margin >= 0.0)[2] and not (-got.entropy >= -INF)[2]
 
 
+@pytest.mark.parametrize("tail", [dict(softcap=30.0), dict(softcap=3.0, scale=-2.0, temperature=0.7)], ids=str)
+@pytest.mark.parametrize("v", [3, 300])
+def test_a_soft_cap_hides_nothing_infinite(backend, tail, v):
+    z = torch.randn(4, v)
+    bias = torch.zeros(v)
+    bias[v // 2] = math.copysign(INF, tail.get("scale", 1.0))
+    assert ops.exit_stats(*logits_as_rows(z), head_bias=bias, **tail).argmax.tolist() == [-1] * 4
+    without = ops.exit_stats(*logits_as_rows(z), head_bias=-bias, **tail)
+    keep = [i for i in range(v) if i != v // 2]
+    exact = reference.exit_stats(*logits_as_rows(z[:, keep].double()), **tail)
+    torch.testing.assert_close(without.sumexp.double(), exact.sumexp, rtol=1e-5, atol=0.0)
+    hidden = z.clone()
+    hidden[1, 0] = INF
+    got = ops.exit_stats(hidden, torch.eye(v) + 1.0, **tail)  # no zero, so no NaN: all its logits are infinite
+    assert (got.argmax == -1).tolist() == [False, True, False, False]
+
+
 def test_minus_infinity_contributes_nothing(backend):
     z = torch.randn(4, 300)
     bias = torch.zeros(300)

@@ -140,9 +140,15 @@ BAD = [
     (dict(count=torch.tensor([1, 2])), ValueError, r"count must have shape \[\] or \[1\]"),
     (dict(head=torch.zeros(V, D, device="meta")), ValueError, r"head must be on cpu like hidden, got meta"),
     (dict(eps=-1.0), ValueError, r"eps must be finite and not negative, got -1.0"),
-    (dict(scale=math.inf), ValueError, r"scale must be finite, got inf"),
-    (dict(softcap=0.0), ValueError, r"softcap must be finite and positive, got 0.0"),
-    (dict(temperature=0.0), ValueError, r"temperature must be finite and positive, got 0.0"),
+    (dict(scale=math.inf), ValueError, r"scale must be a finite float32, got inf"),
+    (dict(softcap=0.0), ValueError, r"softcap must be a finite, positive float32, got 0.0"),
+    (dict(softcap=1e-50), ValueError, r"softcap must be a finite, positive float32, got 1e-50"),
+    (dict(temperature=0.0), ValueError, r"temperature must be a finite, positive float32, got 0.0"),
+    (dict(temperature=1e39), ValueError, r"temperature must be a finite, positive float32, got 1e\+39"),
+    (dict(rows=torch.tensor(0)), ValueError, r"rows must have shape \[M\], got \[\]"),
+    (dict(topk=2.5), ValueError, r"topk must be an integer in 0..8, got 2.5"),
+    (dict(head=torch.nn.Linear(D, V)), TypeError, r"head must be a Tensor, PackedHead or Fp8Head, got Linear"),
+    (dict(hidden=torch.zeros(N, 0), head=torch.zeros(V, 0)), ValueError, r"head must have shape \[V, 0\] with V, D >= 1"),
 ]
 
 

@@ -109,7 +109,7 @@ def test_entropy_is_left_out_on_request(backend):
 @pytest.mark.parametrize(
     "asked,error,message",
     [
-        (dict(topk=9), ValueError, r"topk must lie in 0..8, got 9"),
+        (dict(topk=9), ValueError, r"topk must be an integer in 0..8, got 9"),
         (dict(target=torch.zeros(2)), TypeError, "target must be int64, got torch.float32"),
         (dict(target=torch.zeros(2, dtype=torch.int64)), ValueError, r"target must have shape \[3\], got \[2\]"),
         (dict(target=torch.tensor([0, 1, 60])), ValueError, r"target must lie in 0..59, got 0..60"),

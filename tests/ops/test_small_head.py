@@ -96,6 +96,8 @@ def test_ops_are_registered_and_gradients_refused():
         ops.small_head(hidden.requires_grad_(), weight)
     with pytest.raises(RuntimeError, match="saturation has no gradient and hidden requires one"):
         ops.saturation(hidden, torch.ones(3, 16))
+    with pytest.raises(RuntimeError, match="saturation has no gradient and previous requires one"):
+        ops.saturation(torch.ones(3, 16), hidden)
     with torch.no_grad():
         ops.small_head(hidden, weight)
 
@@ -114,6 +116,7 @@ N, D, V = 3, 8, 2
         (dict(bias=torch.zeros(3)), ValueError, r"bias must have shape \[2\], got \[3\]"),
         (dict(pooler_bias=torch.zeros(D)), ValueError, "pooler_bias needs a pooler_weight, got none"),
         (dict(activation="gelu"), ValueError, "activation must be one of none, tanh, relu, sigmoid, got 'gelu'"),
+        (dict(final="gelu"), ValueError, "final must be one of none, tanh, relu, sigmoid, got 'gelu'"),
         (dict(norm="batch"), ValueError, "norm must be None, 'rms' or 'layer', got 'batch'"),
         (dict(eps=-1.0), ValueError, "eps must be finite and not negative, got -1.0"),
     ],
@@ -127,6 +130,10 @@ def test_bad_input_gets_one_sentence(change, error, message):
 def test_bad_probes_and_saturations_get_one_sentence():
     with pytest.raises(ValueError, match=r"probe: weight must have shape \[D\]"):
         ops.probe(torch.zeros(N, D), torch.zeros(1, D))
+    with pytest.raises(ValueError, match=r"probe: bias must be one number, got shape \[3\]"):
+        ops.probe(torch.zeros(N, D), torch.zeros(D), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"probe: hidden_weight must have shape \[V, 8\] with V >= 1, got \[4, 7\]"):
+        ops.probe(torch.zeros(N, D), torch.zeros(4), hidden_weight=torch.zeros(4, D - 1))
     with pytest.raises(
         ValueError, match=r"hidden and previous must both have shape \[N, D\], got \[3, 8\] and \[3, 7\]"
     ):

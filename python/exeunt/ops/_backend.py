@@ -19,7 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Norms as csrc/core/params.h numbers them.
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
-_NARROW = {torch.uint8: 3, torch.float8_e4m3fn: 4}  # of a PackedHead, of an Fp8Head
+_NARROW = {torch.int8: 3, torch.float8_e4m3fn: 4}  # of a PackedHead, of an Fp8Head
 
 
 _CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ from exeunt.stats import ExitStats
 
 _empty, _float, _int, _fp8 = torch.empty, torch.float32, torch.int64, torch.float8_e4m3fn
 _INF, _CPU = math.inf, torch.device("cpu")
+_LEAST, _MOST = torch.finfo(_float).tiny, torch.finfo(_float).max  # of a factor that kernels take as float32
 
 
 class Call(NamedTuple):
@@ -52,8 +53,8 @@ class Call(NamedTuple):
             raise ValueError(f"exit_stats: hidden must have shape [N, D], got {list(shape)}")
         n, d = shape
         vocab = packed or head.shape
-        if len(vocab) != 2 or vocab[1] != d or vocab[0] < 1:
-            raise ValueError(f"exit_stats: head must have shape [V, {d}] with V >= 1, got {list(vocab)}")
+        if len(vocab) != 2 or vocab[1] != d or vocab[0] < 1 or d < 1:
+            raise ValueError(f"exit_stats: head must have shape [V, {d}] with V, D >= 1, got {list(vocab)}")
         v = vocab[0]
         if dtype not in _backend.DTYPES:
             raise TypeError(f"exit_stats: hidden must be float32, bfloat16 or float16, got {dtype}")
@@ -76,21 +77,21 @@ class Call(NamedTuple):
             _backend.check_vector("exit_stats", "norm_bias", norm_bias, d, hidden)
         if not 0 <= eps < _INF:
             raise ValueError(f"exit_stats: eps must be finite and not negative, got {eps}")
-        if not -_INF < scale < _INF:
-            raise ValueError(f"exit_stats: scale must be finite, got {scale}")
-        if softcap is not None and not 0 < softcap < _INF:
-            raise ValueError(f"exit_stats: softcap must be finite and positive, got {softcap}")
-        if not 0 < temperature < _INF:
-            raise ValueError(f"exit_stats: temperature must be finite and positive, got {temperature}")
-        if not 0 <= topk <= 8:
-            raise ValueError(f"exit_stats: topk must lie in 0..8, got {topk}")
+        if not -_MOST <= scale <= _MOST:
+            raise ValueError(f"exit_stats: scale must be a finite float32, got {scale}")
+        if softcap is not None and not _LEAST <= softcap <= _MOST:
+            raise ValueError(f"exit_stats: softcap must be a finite, positive float32, got {softcap}")
+        if not _LEAST <= temperature <= _MOST:
+            raise ValueError(f"exit_stats: temperature must be a finite, positive float32, got {temperature}")
+        if not isinstance(topk, int) or not 0 <= topk <= 8:
+            raise ValueError(f"exit_stats: topk must be an integer in 0..8, got {topk}")
         if not (rows is live is columns is target is seeds is None):
             self._check_indices(n)
         if logits_out is not None:
             self._check_logits(n, v if columns is None else columns.shape[0])
 
     def _check_indices(self, n: int) -> None:
-        m = n if self.rows is None else self.rows.shape[0]
+        m = n if self.rows is None or self.rows.dim() != 1 else self.rows.shape[0]
         for name, index, shape, right in (
             ("rows", self.rows, "[M]", self.rows is not None and self.rows.dim() == 1),
             ("count", self.live, "[] or [1]", self.live is not None and self.live.numel() == 1),

@@ -10,22 +10,23 @@ import torch
 _lib = torch.library.Library("exeunt", "DEF")
 
 
-def define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any], inputs: int = 1) -> None:
     """Register ``exeunt::name``: one forward for every device, a fake for tracing, a sentence instead of a gradient.
 
-    The first argument is the one that may require a gradient.
+    The first ``inputs`` arguments are those that may require a gradient; all others are weights, which stay as they are.
     """
 
-    first = schema.removeprefix("(Tensor ").partition(",")[0]
+    names = [part.rpartition(" ")[2] for part in schema[1:].split(")")[0].split(",")[:inputs]]
 
-    def autograd(input: torch.Tensor, *args: Any) -> Any:
-        if torch.is_grad_enabled() and input.requires_grad:
-            raise RuntimeError(
-                f"{name} has no gradient and {first} requires one: call it under torch.no_grad(), or use "
-                f"exeunt.reference.{name}, which is differentiable"
-            )
+    def autograd(*args: Any) -> Any:
+        for wanting, arg in zip(names, args[:inputs], strict=True):
+            if torch.is_grad_enabled() and arg.requires_grad:
+                raise RuntimeError(
+                    f"{name} has no gradient and {wanting} requires one: call it under torch.no_grad(), or use "
+                    f"exeunt.reference.{name}, which is differentiable"
+                )
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.exeunt, name)(input, *args)
+            return getattr(torch.ops.exeunt, name)(*args)
 
     _lib.define(name + schema)
     _lib.impl(name, forward, "CompositeExplicitAutograd")

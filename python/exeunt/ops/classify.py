@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exeunt import reference
 from exeunt.ops import _backend, _library
-from exeunt.ops.small_head import ACTIVATIONS, check_layers, layer_arg, workspace_for
+from exeunt.ops.small_head import check_activation, check_layers, layer_arg, workspace_for
 from exeunt.stats import ExitStats
 
 _SCHEMA = (
@@ -96,8 +96,7 @@ def _check(
     if hidden.dim() not in (2, 3):
         raise ValueError(f"classify: hidden must have shape [N, D] or [N, S, D], got {list(hidden.shape)}")
     check_layers("classify", hidden, weight, bias, pooler_weight, pooler_bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"classify: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_activation("classify", "activation", activation)
     if mask is None:
         return
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
@@ -126,8 +125,9 @@ def _forward(
         )
         return logits, *stats[:5]
     n, d, threads = hidden.shape[0], hidden.shape[-1], torch.get_num_threads()
-    logits, statistics = torch.empty((n, weight.shape[0])), torch.empty((4, n))
-    argmax = torch.empty(n, dtype=torch.int64)
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
+    logits, statistics = torch.empty((n, weight.shape[0]), **floats), torch.empty((4, n), **floats)
+    argmax = torch.empty(n, dtype=torch.int64, device=hidden.device)
     if n:
         pooler = layer_arg(pooler_weight, pooler_bias, activation)
         workspace = workspace_for(d, pooler, n, threads)
@@ -174,6 +174,11 @@ class Check:
     tokens : bool
         Whether states are those of tokens, whose mean is taken; else the first token's is read.
 
+    Raises
+    ------
+    ValueError, TypeError
+        One sentence naming the argument, what was expected and what came; calls raise them likewise.
+
     Examples
     --------
     >>> import torch
@@ -201,10 +206,17 @@ class Check:
     ) -> None:
         if measure not in self.MEASURES:
             raise ValueError(f"Check: measure must be one of {', '.join(self.MEASURES)}, got {measure!r}")
+        first = weight if pooler_weight is None else pooler_weight
+        if not first.is_cpu or first.dtype not in _DTYPES:
+            raise TypeError(
+                f"Check: weights must be float32, bfloat16 or float16 on cpu, got {first.dtype} on {first.device}"
+            )
+        self._width = first.shape[-1] if first.dim() else 0
+        check_layers("Check", first.new_empty((0, self._width)), weight, bias, pooler_weight, pooler_bias)
+        check_activation("Check", "activation", activation)
         self._pooler, self._head = (pooler_weight, pooler_bias, activation), (weight, bias, "none")
         self._tensors = [t for t in (weight, bias, pooler_weight, pooler_bias) if t is not None]
         self._weight, self._classes = weight, weight.shape[0]
-        self._width = (weight if pooler_weight is None else pooler_weight).shape[1]
         self._decides = (tokens, self.MEASURES[measure], float(threshold))
         self._mean = tokens
         self._where: list[int] = []
@@ -247,7 +259,8 @@ class Check:
         if not (checks and hidden.is_cpu and _backend.direct(hidden, hidden)):
             return None
         rows, threads = hidden.shape[0], _threads()
-        return torch.empty(max([check._bytes(rows, threads) for check in checks]), dtype=torch.uint8)
+        size = max([check._bytes(rows, threads) for check in checks])
+        return torch.empty(size, dtype=torch.uint8, device=hidden.device)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None, room: Tensor | None = None) -> tuple[int, Tensor]:
         """Judge n rows.
@@ -255,7 +268,7 @@ class Check:
         Parameters
         ----------
         hidden : Tensor
-            [n, S, D].
+            [n, S, D] float32, bfloat16 or float16 on the CPU.
         mask : Tensor or None
             [n, S] bool, for means.
         room : Tensor, optional
@@ -269,17 +282,28 @@ class Check:
         out : Tensor
             For :meth:`logits` and :meth:`leave`; the room.
         """
+        dtype = _DTYPES.get(hidden.dtype)
+        if dtype is None or not hidden.is_cpu or hidden.dim() != 3:
+            raise ValueError(
+                f"Check: hidden must be [n, S, {self._width}] float32, bfloat16 or float16 on cpu, got "
+                f"{list(hidden.shape)} {hidden.dtype} on {hidden.device}"
+            )
         if room is None:
             room = self.room((self,), hidden)
+        elif not self._where:  # made for other checks
+            self._bytes(hidden.shape[0], _threads())
         at = step = 0
         if mask is not None and self._mean:
+            if mask.dtype is not torch.bool or mask.shape != hidden.shape[:2]:
+                raise ValueError(
+                    f"Check: mask must be bool of shape {list(hidden.shape[:2])}, got {mask.dtype} of {list(mask.shape)}"
+                )
             (step, unit), at = mask.stride(), mask.data_ptr()
             room = room if unit == 1 else None
         if room is None:
             return -1, hidden
         gone = self._bound.judge(
-            hidden.data_ptr(), _DTYPES[hidden.dtype], hidden.shape, hidden.stride(), at, step,
-            room.data_ptr(), _threads(),
+            hidden.data_ptr(), dtype, hidden.shape, hidden.stride(), at, step, room.data_ptr(), room.nbytes, _threads(),
         )  # fmt: skip
         return gone, room
 

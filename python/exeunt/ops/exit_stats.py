@@ -123,7 +123,8 @@ def exit_stats(
         if isinstance(head, PackedHead):
             head.check()
         weight, head_scale, packed = head.data, head.scale, head.shape
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"exit_stats: head must be a Tensor, PackedHead or Fp8Head, got {type(head).__name__}")
     call = Call(hidden, weight, head_scale, packed, head_bias, norm, norm_weight, norm_bias, eps, scale, softcap,
                 temperature, rows, count, columns, target, topk, seeds, entropy, logits_out)  # fmt: skip
     call.check()

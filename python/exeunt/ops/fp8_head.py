@@ -49,7 +49,7 @@ class Fp8Head:
         self.shape = (v, d)
         self._padded = torch.zeros(v, -(-d // 16) * 16, dtype=torch.float8_e4m3fn, device=weight.device)
         self.data = self._padded[:, :d]
-        self.scale = torch.empty(v, device=weight.device)
+        self.scale = torch.empty(v, dtype=torch.float32, device=weight.device)
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):
                 rows = weight[start : start + _ROWS_AT_ONCE].detach().float()

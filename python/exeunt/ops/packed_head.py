@@ -14,6 +14,7 @@ from exeunt.ops import _backend
 _TILE, _LINE = 16, 64  # rows of a tile, bytes of a line: WeightArg of csrc/core/params.h
 _ROWS_AT_ONCE = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_WIDEST_INT8 = 1 << 17  # elements of a row, whose products' int32 sum holds: 2 ** 17 * 127 * 128 < 2 ** 31
 
 
 class PackedHead:
@@ -23,12 +24,17 @@ class PackedHead:
     is measured in ``docs/kernels.md``. On a CPU with tile registers a float32 or float16 copy is multiplied in bfloat16
     parts: no less exact, faster from nine rows on, and rounded differently from the weight as it lies; so, by the order
     of its sums, is a float16 copy elsewhere, and a copy of any dtype below AVX-512. A head of fewer rows than a tile
-    stays as it lies.
+    stays as it lies, unless it becomes int8.
+
+    The copy watches the tensor that it was made of, as long as that exists: once it was changed in place (an optimizer's
+    step, ``load_state_dict``) or moved (``module.to``) the copy is refused. What is changed behind torch's back, or
+    through another tensor after the one passed is gone (``PackedHead(p.detach())``), goes unnoticed.
 
     Parameters
     ----------
     weight : Tensor
-        [V, D] float32, bfloat16 or float16 on CPU.
+        [V, D] float32, bfloat16 or float16 on CPU; for an int8 copy D <= 131072. A row that is not finite flags every
+        hidden row that meets an int8 copy; others as it would where it lies.
     dtype : torch.dtype, optional
         Of the copy: the weight's own (default), ``torch.bfloat16``, ``torch.float16``, or ``torch.int8``: symmetric,
         one scale a vocabulary row, rounding error at most ``max |row| / 254`` a weight. Hidden rows meet an int8 head
@@ -64,7 +70,9 @@ class PackedHead:
         self.shape = (weight.shape[0], weight.shape[1])
         v, d = self.shape
         self._source = weakref.ref(weight)
-        self._version = weight._version
+        self._state = _state(weight)
+        if self.dtype == torch.int8 and d > _WIDEST_INT8:
+            raise ValueError(f"PackedHead: weight must have D <= {_WIDEST_INT8} for an int8 copy, got {list(weight.shape)}")
         if v < _TILE and self.dtype != torch.int8:  # no tile to fill: such rows are multiplied one by one, as they lie
             self.data = weight.detach().to(self.dtype, memory_format=torch.contiguous_format, copy=True)
             self.scale = None
@@ -72,12 +80,11 @@ class PackedHead:
         element = torch.empty(0, dtype=self.dtype).element_size()
         per_line = _LINE // element
         tiles, lines = -(-v // _TILE), -(-d // per_line)
-        stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
         size, scales = tiles * _TILE * lines * _LINE, tiles * _TILE if self.dtype == torch.int8 else 0
         memory = zeros_on_huge_pages((size + 4 * scales,), torch.uint8)  # the scales too: small pages are walked anew
         turned = vectors_multiply()
         line = (_TILE, _TILE, per_line // _TILE) if turned else (_TILE, per_line)
-        self.data = memory[:size].view(stored).view(tiles, lines, *line)
+        self.data = memory[:size].view(self.dtype).view(tiles, lines, *line)
         self.scale = memory[size:].view(torch.float32) if scales else None
         with torch.no_grad():
             for start in range(0, v, _ROWS_AT_ONCE):
@@ -85,9 +92,10 @@ class PackedHead:
                 if self.scale is not None:
                     rows = rows.float()
                     scale = rows.abs().amax(1) / 127
-                    self.scale[start : start + len(rows)] = scale
-                    rows = (rows / scale.clamp_min(1e-38)[:, None]).round() + 128
-                packed = in_tiles(rows.to(stored), turned)
+                    finite = scale.isfinite()
+                    self.scale[start : start + len(rows)] = scale.where(finite, torch.nan)
+                    rows = (rows / scale.clamp_min(1e-38)[:, None]).round().where(finite[:, None], 0)
+                packed = in_tiles(rows.to(self.dtype), turned)
                 self.data[start // _TILE :][: len(packed)] = packed
 
     @property
@@ -100,13 +108,18 @@ class PackedHead:
         return unpacked(self.data, self.scale, self.shape)
 
     def check(self) -> None:
-        """Raise if the weight was changed in place after it was packed."""
+        """Raise if the weight was changed in place or moved after it was packed."""
         source = self._source()
-        if source is not None and source._version != self._version:
+        if source is not None and (state := _state(source)) != self._state:
             raise ValueError(
-                "PackedHead: its weight must be as it was when packed, but it was changed in place since "
-                f"(version {source._version}, packed at {self._version}): pack it again"
+                "PackedHead: its weight must be as it was when packed, but it was changed in place or moved since "
+                f"(version and address {state}, packed at {self._state}): pack it again"
             )
+
+
+def _state(weight: Tensor) -> tuple[int | None, int]:
+    """What tells that a weight is what it was: its version, which inference tensors have not, and its address."""
+    return None if weight.is_inference() else weight._version, weight.data_ptr()
 
 
 def vectors_multiply() -> bool:
@@ -140,4 +153,4 @@ def unpacked(data: Tensor, scale: Tensor | None, shape: Sequence[int] | None) ->
     if data.dim() == 5:
         data = data.transpose(2, 3).flatten(3)
     rows = data.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
-    return rows if scale is None else (rows.float() - 128) * scale[: shape[0], None]
+    return rows if scale is None else rows.float() * scale[: shape[0], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,10 +79,7 @@ def small_head(
     torch.Size([4, 3])
     """
     args = (hidden, weight, bias, pooler_weight, pooler_bias, activation, final, norm, norm_weight, norm_bias, eps)
-    _check(*args)
-    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
-        return _forward(*args)
-    return torch.ops.exeunt.small_head(*args)
+    return _run("small_head", "pooler", args)
 
 
 def probe(
@@ -134,11 +132,11 @@ def probe(
     """
     if weight.dim() != 1:
         raise ValueError(f"probe: weight must have shape [D], or [H] with hidden_weight, got {list(weight.shape)}")
-    return small_head(
-        hidden, weight[None], None if bias is None else bias.reshape(1), pooler_weight=hidden_weight,
-        pooler_bias=hidden_bias, activation=activation, final="sigmoid", norm=norm, norm_weight=norm_weight,
-        norm_bias=norm_bias, eps=eps,
-    ).view(-1)  # fmt: skip
+    if bias is not None and bias.numel() != 1:
+        raise ValueError(f"probe: bias must be one number, got shape {list(bias.shape)}")
+    args = (hidden, weight[None], None if bias is None else bias.reshape(1), hidden_weight, hidden_bias, activation,
+            "sigmoid", norm, norm_weight, norm_bias, eps)  # fmt: skip
+    return _run("probe", "hidden", args).view(-1)
 
 
 def saturation(hidden: Tensor, previous: Tensor) -> Tensor:
@@ -182,7 +180,18 @@ def saturation(hidden: Tensor, previous: Tensor) -> Tensor:
     return torch.ops.exeunt.saturation(hidden, previous)
 
 
+def _run(op: str, pooler: str, args: tuple[Any, ...]) -> Tensor:
+    """small_head's arguments, checked in the words of ``op``, which calls the layer before the head ``pooler``."""
+    _check(op, pooler, *args)
+    hidden, weight = args[:2]
+    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
+        return _forward(*args)
+    return torch.ops.exeunt.small_head(*args)
+
+
 def _check(
+    op: str,
+    pooler: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -196,21 +205,25 @@ def _check(
     eps: float,
 ) -> None:
     if hidden.dim() != 2:
-        raise ValueError(f"small_head: hidden must have shape [N, D], got {list(hidden.shape)}")
-    check_layers("small_head", hidden, weight, bias, pooler_weight, pooler_bias)
+        raise ValueError(f"{op}: hidden must have shape [N, D], got {list(hidden.shape)}")
+    check_layers(op, hidden, weight, bias, pooler_weight, pooler_bias, pooler)
     d = hidden.shape[1]
     if norm_weight is not None:
-        _backend.check_vector("small_head", "norm_weight", norm_weight, d, hidden)
+        _backend.check_vector(op, "norm_weight", norm_weight, d, hidden)
     if norm_bias is not None:
-        _backend.check_vector("small_head", "norm_bias", norm_bias, d, hidden)
-    if activation not in ACTIVATIONS or final not in ACTIVATIONS:
-        raise ValueError(
-            f"small_head: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}, {final!r}"
-        )
+        _backend.check_vector(op, "norm_bias", norm_bias, d, hidden)
+    check_activation(op, "activation", activation)
+    check_activation(op, "final", final)
     if norm not in _backend.NORMS:
-        raise ValueError(f"small_head: norm must be None, 'rms' or 'layer', got {norm!r}")
+        raise ValueError(f"{op}: norm must be None, 'rms' or 'layer', got {norm!r}")
     if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"small_head: eps must be finite and not negative, got {eps}")
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+
+
+def check_activation(op: str, name: str, activation: str) -> None:
+    """Raise unless it is one that kernels know."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def check_layers(
@@ -220,23 +233,24 @@ def check_layers(
     bias: Tensor | None,
     pooler_weight: Tensor | None,
     pooler_bias: Tensor | None,
+    pooler: str = "pooler",
 ) -> None:
-    """Raise unless a head, and a pooler before it, fit states [..., D]."""
+    """Raise unless a head, and a layer before it of that name, fit states [..., D]."""
     if hidden.dtype not in _backend.DTYPES:
         raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
     inner = hidden.shape[-1]
     if pooler_weight is not None:
-        _check_matrix(op, "pooler_weight", pooler_weight, inner, hidden)
+        _check_matrix(op, f"{pooler}_weight", pooler_weight, inner, hidden)
         inner = pooler_weight.shape[0]
         if pooler_weight.dtype != weight.dtype:
-            raise TypeError(f"{op}: pooler_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
+            raise TypeError(f"{op}: {pooler}_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
     elif pooler_bias is not None:
-        raise ValueError(f"{op}: pooler_bias needs a pooler_weight, got none")
+        raise ValueError(f"{op}: {pooler}_bias needs a {pooler}_weight, got none")
     _check_matrix(op, "weight", weight, inner, hidden)
     if bias is not None:
         _backend.check_vector(op, "bias", bias, weight.shape[0], hidden)
     if pooler_bias is not None:
-        _backend.check_vector(op, "pooler_bias", pooler_bias, inner, hidden)
+        _backend.check_vector(op, f"{pooler}_bias", pooler_bias, inner, hidden)
 
 
 def _check_matrix(op: str, name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
@@ -334,4 +348,4 @@ def _fake_saturation(hidden: Tensor, previous: Tensor) -> Tensor:
 
 
 _library.define("small_head", _SCHEMA, _forward, _fake)
-_library.define("saturation", "(Tensor hidden, Tensor previous) -> Tensor", _saturation, _fake_saturation)
+_library.define("saturation", "(Tensor hidden, Tensor previous) -> Tensor", _saturation, _fake_saturation, inputs=2)

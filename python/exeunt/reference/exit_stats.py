@@ -65,7 +65,7 @@ def exit_stats(
         logits_out[at[chosen]] = raw[chosen].to(logits_out.dtype)
     z = scale * raw
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(raw.isinf(), z, softcap * torch.tanh(z / softcap))  # infinite: it is to flag its row
     z = z / temperature
     if live is not None:
         z = torch.where(live[:, None], z, torch.full_like(z, torch.nan))
