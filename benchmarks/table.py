@@ -22,10 +22,10 @@ def table(results: dict) -> str:
     lines = [
         f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
         "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's, as "
-        "the head lies and packed. Ratios are medians of those of a turn.",
+        "the head lies and packed; peers: full logits, softmax, top 2, likewise. Ratios are medians of those of a turn.",
         "",
-        "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile | peers |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for b in results["benchmarks"]:
         info = b["extra_info"]
@@ -33,7 +33,7 @@ def table(results: dict) -> str:
         cells = [f"{info['floor']:.3g} {info['bound'][0]}"]
         cells += [f"{t[side]:.3g} ({ratio[f'floor / {side}']:.2f})" for side in ("exeunt", "packed")]
         cells.append(f"{t['int8']:.3g}")
-        for peer in ("torch", "torch.compile"):
+        for peer in ("torch", "torch.compile", "peers"):
             times = ", ".join(f"{ratio[f'{peer} / {side}']:.2f}x" for side in ("exeunt", "packed"))
             cells.append(f"{t[peer]:.3g} ({times})")
         case = f"{info['v']} x {info['d']} | {info['dtype']} | {info['pages']} | {info['n']}"
