@@ -2,7 +2,8 @@
 
     python benchmarks/small_lm.py --tokens small-lm/held_out.npy [--model small-lm/model] [--cpu-time]
 
-The held-out tokens are what examples/train_small_lm.py left out; without --model they are fed to the model that ships.
+The held-out tokens are what examples/train_small_lm.py left out (with --tokens-only it writes them and stops); without
+--model they are fed to the model that ships.
 Three tables. Perplexity and agreement with full depth at every exit. CALM under teacher forcing: the text's own tokens
 are fed, and each next token that CALM would have chosen is compared with that of the model alone on the same prefix, so
 that what skipped layers did to keys and values counts. CALM in free generation, greedy and sampled: tokens/s against
@@ -149,7 +150,8 @@ def main() -> None:
                "fixed", "agreement")  # fmt: skip
     table = Table(*columns, title=f"Generation, {torch.get_num_threads()} threads, {args.dtype}")
     for batch in args.batch if args.rounds else ():
-        prompts = [text[torch.arange(k * batch, (k + 1) * batch) % len(text), :PROMPT] for k in range(args.rounds)]
+        spread = np.linspace(0, len(text) - 1, args.rounds * batch).astype(int)  # each round has text of all sources
+        prompts = [text[spread[k :: args.rounds], :PROMPT] for k in range(args.rounds)]
         for mode in ("greedy", "sampled"):
             for t, recipe in recipes.items():
                 f = race(model, recipe, prompts, args.count, mode == "sampled")

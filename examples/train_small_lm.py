@@ -140,6 +140,7 @@ def main() -> None:
     add = parser.add_argument
     add("--text", type=Path, default=Path("/"), help="where the packages were unpacked; default /, as installed")
     add("--out", type=Path, required=True, help="folder for tokenizer, tokens, checkpoints and the model")
+    add("--tokens-only", action="store_true", help="stop when tokens to train on and held-out ones are written")
     add("--steps", type=int, default=640, help=f"of the first run, of {BATCH * LENGTH} tokens; default 640")
     add("--further-steps", type=int, default=640, help="of the second run, 0: without it; default 640")
     add("--leaving-steps", type=int, default=400, help="of the third run, 0: without it; default 400")
@@ -155,6 +156,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     train, held_out = prepare(args.text, args.out)
+    if args.tokens_only:
+        return
     vocabulary = Tokenizer.from_file(str(args.out / "tokenizer.json")).get_vocab_size()
     torch.manual_seed(args.seed)
     model = build(vocabulary)
