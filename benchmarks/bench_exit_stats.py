@@ -1,14 +1,14 @@
 """exit_stats beside what a torch user writes and beside the machine's floor: `pytest benchmarks/bench_exit_stats.py`.
 
-One test is one shape. Its sides run in turns, and ratios are of medians of the same turn, so that a noisy machine is as
-noisy for each: the op on the weight as it lies, on a packed copy, on an int8 copy; the torch pipeline (norm, linear,
-float32 log-softmax, top 2, entropy), eager and under torch.compile; and the peers' way, which knows no entropy. There are as many heads of each kind as fill 1 GB
-(16 at most), and a side goes through all of its own in a turn: no side finds its head in a processor's cache, and what
-Python brings along is as warm as it is in a loop of checks. The floor is the slower of two, both measured in the same
-turns: a read of the heads as they lie, plain loads in 1, 2, 4 or 8 streams a thread, whichever is best, which goes
-through them likewise; and multiply-adds in registers, for a millisecond or some (peaks.py), scaled to as many as the
-case has. Heads lie on huge pages, where `exeunt.huge_pages` puts them, or on small ones as torch allocates them; packed
-copies are always on huge ones.
+One test is one shape. Its sides run in turns, and ratios are of medians of the same turn, so that a noisy machine is
+as noisy for each: the op on the weight as it lies, on a packed copy, on an int8 copy; the torch pipeline (norm,
+linear, float32 log-softmax, top 2, entropy), eager and under torch.compile; and the peers' way, which knows no
+entropy. There are as many heads of each kind as fill 1 GB (16 at most), and a side goes through all of its own in a
+turn: no side finds its head in a processor's cache, and what Python brings along is as warm as it is in a loop of
+checks. The floor is the slower of two, both measured in the same turns: a read of the heads as they lie, plain loads
+in 1, 2, 4 or 8 streams a thread, whichever is best, which goes through them likewise; and multiply-adds in registers,
+for a millisecond or some (peaks.py), scaled to as many as the case has. Heads lie on huge pages, where
+`exeunt.huge_pages` puts them, or on small ones as torch allocates them; packed copies are always on huge ones.
 
 `python benchmarks/table.py FILE ...` turns what `--benchmark-json=FILE` wrote into a table. All cases take an hour;
 pick with `-k`, for example `-k "huge and bf16 and (49152 or 32000)"`.

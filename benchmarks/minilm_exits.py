@@ -191,7 +191,8 @@ def main() -> None:
         )
     print("\n".join(lines))
     if args.write and not args.share:
-        command = f"`python benchmarks/minilm_exits.py --data ARCHIVE --exits DIR --student DIR --rounds {args.rounds} --write`\n\n"
+        given = f"--data ARCHIVE --exits DIR --student DIR --rounds {args.rounds} --write"
+        command = f"`python benchmarks/minilm_exits.py {given}`\n\n"
         text = "\n".join(lines) + "\n"
         (ROOT / "benchmarks/results/minilm_exits.md").write_text(command + text)
         into_readme(text + "\n![Accuracy against layers and time](docs/minilm_exits.png)\n")

@@ -22,7 +22,7 @@ def table(results: dict) -> str:
     lines = [
         f"{setup(results)}. Floor: the slower of one read of the head (r) and its "
         "multiply-adds (m); in brackets the part of its speed that is reached. torch: in brackets times exeunt's, as "
-        "the head lies and packed; peers: full logits, softmax, top 2, likewise. Ratios are medians of those of a turn.",
+        "the head lies and packed; peers: full logits, softmax, top 2, likewise. Ratios are medians of a turn's.",
         "",
         "| V x D | dtype | pages | rows | floor | exeunt | packed | int8 | torch | torch.compile | peers |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

@@ -221,15 +221,31 @@ def test_an_unknown_measure_is_refused():
 @pytest.mark.parametrize(
     "change,error,message",
     [
-        (dict(weight=torch.zeros(3, 8).double()), TypeError, "Check: weights must be float32, bfloat16 or float16 on cpu"),
+        (
+            dict(weight=torch.zeros(3, 8).double()),
+            TypeError,
+            "Check: weights must be float32, bfloat16 or float16 on cpu",
+        ),
         (dict(weight=torch.zeros(8, 3).T), ValueError, "Check: weight must have unit stride along its rows"),
         (dict(weight=torch.zeros(8)), ValueError, r"Check: weight must have shape \[V, 8\] with V >= 1, got \[8\]"),
         (dict(pooler_weight=torch.zeros(7, 8)), ValueError, r"Check: weight must have shape \[V, 7\]"),
         (dict(bias=torch.zeros(2)), ValueError, r"Check: bias must have shape \[3\], got \[2\]"),
         (dict(activation="gelu"), ValueError, "Check: activation must be one of none, tanh, relu, sigmoid, got 'gelu'"),
-        (dict(hidden=torch.zeros(2, 8)), ValueError, r"Check: hidden must be \[n, S, 8\] .* got \[2, 8\] torch.float32"),
-        (dict(hidden=torch.zeros(2, 4, 8).double()), ValueError, r"Check: hidden must be .* got \[2, 4, 8\] torch.float64"),
-        (dict(mask=torch.ones(2, 4).long()), ValueError, r"Check: mask must be bool of shape \[2, 4\], got torch.int64"),
+        (
+            dict(hidden=torch.zeros(2, 8)),
+            ValueError,
+            r"Check: hidden must be \[n, S, 8\] .* got \[2, 8\] torch.float32",
+        ),
+        (
+            dict(hidden=torch.zeros(2, 4, 8).double()),
+            ValueError,
+            r"Check: hidden must be .* got \[2, 4, 8\] torch.float64",
+        ),
+        (
+            dict(mask=torch.ones(2, 4).long()),
+            ValueError,
+            r"Check: mask must be bool of shape \[2, 4\], got torch.int64",
+        ),
         (dict(mask=torch.ones(1, 4) > 0), ValueError, r"Check: mask must be bool of shape \[2, 4\], got .* \[1, 4\]"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -148,7 +148,11 @@ BAD = [
     (dict(rows=torch.tensor(0)), ValueError, r"rows must have shape \[M\], got \[\]"),
     (dict(topk=2.5), ValueError, r"topk must be an integer in 0..8, got 2.5"),
     (dict(head=torch.nn.Linear(D, V)), TypeError, r"head must be a Tensor, PackedHead or Fp8Head, got Linear"),
-    (dict(hidden=torch.zeros(N, 0), head=torch.zeros(V, 0)), ValueError, r"head must have shape \[V, 0\] with V, D >= 1"),
+    (
+        dict(hidden=torch.zeros(N, 0), head=torch.zeros(V, 0)),
+        ValueError,
+        r"head must have shape \[V, 0\] with V, D >= 1",
+    ),
 ]
 
 

@@ -174,7 +174,9 @@ def test_a_changed_weight_is_noticed():
     packed = PackedHead(head)
     ops.exit_stats(hidden, packed)
     head.mul_(2)
-    with pytest.raises(ValueError, match="its weight must be as it was when packed, but it was changed in place or moved"):
+    with pytest.raises(
+        ValueError, match="its weight must be as it was when packed, but it was changed in place or moved"
+    ):
         ops.exit_stats(hidden, packed)
     parameter = torch.nn.Parameter(head)
     packed = PackedHead(parameter)

@@ -296,7 +296,7 @@ class Check:
         if mask is not None and self._mean:
             if mask.dtype is not torch.bool or mask.shape != hidden.shape[:2]:
                 raise ValueError(
-                    f"Check: mask must be bool of shape {list(hidden.shape[:2])}, got {mask.dtype} of {list(mask.shape)}"
+                    f"Check: mask must be bool of shape {list(hidden.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
                 )
             (step, unit), at = mask.stride(), mask.data_ptr()
             room = room if unit == 1 else None

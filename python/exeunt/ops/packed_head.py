@@ -26,9 +26,9 @@ class PackedHead:
     of its sums, is a float16 copy elsewhere, and a copy of any dtype below AVX-512. A head of fewer rows than a tile
     stays as it lies, unless it becomes int8.
 
-    The copy watches the tensor that it was made of, as long as that exists: once it was changed in place (an optimizer's
-    step, ``load_state_dict``) or moved (``module.to``) the copy is refused. What is changed behind torch's back, or
-    through another tensor after the one passed is gone (``PackedHead(p.detach())``), goes unnoticed.
+    The copy watches the tensor that it was made of, as long as that exists: once it was changed in place (a step of an
+    optimizer, ``load_state_dict``) or moved (``module.to``) the copy is refused. What is changed behind torch's back,
+    or through another tensor after the one passed is gone (``PackedHead(p.detach())``), goes unnoticed.
 
     Parameters
     ----------
@@ -72,7 +72,9 @@ class PackedHead:
         self._source = weakref.ref(weight)
         self._state = _state(weight)
         if self.dtype == torch.int8 and d > _WIDEST_INT8:
-            raise ValueError(f"PackedHead: weight must have D <= {_WIDEST_INT8} for an int8 copy, got {list(weight.shape)}")
+            raise ValueError(
+                f"PackedHead: weight must have D <= {_WIDEST_INT8} for an int8 copy, got {list(weight.shape)}"
+            )
         if v < _TILE and self.dtype != torch.int8:  # no tile to fill: such rows are multiplied one by one, as they lie
             self.data = weight.detach().to(self.dtype, memory_format=torch.contiguous_format, copy=True)
             self.scale = None
