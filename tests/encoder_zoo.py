@@ -30,6 +30,7 @@ ZOO = {
     "deberta-v2": ("DebertaV2", DEBERTA),
     "modernbert": ("ModernBert", {**COMMON, "local_attention": 16, "global_attn_every_n_layers": 3}),
     "xlm-roberta": ("XLMRoberta", ROBERTA),
+    "camembert": ("Camembert", ROBERTA),
     "mpnet": ("MPNet", ROBERTA),
 }  # fmt: skip
 

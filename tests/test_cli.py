@@ -9,14 +9,15 @@ import random
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
 import exeunt
-from exeunt import cli, info, small_lm
-from exeunt.calibration import fingerprints
+from exeunt import cli, info, small_lm, terminal
+from exeunt.calibration import command, fingerprints
 from exeunt.confidence import MEASURES
 from exeunt.ops import _backend
 
@@ -122,6 +123,8 @@ def test_every_measure_has_a_default_threshold(tiny, capsys, measure):
         (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
         (["--batch", "0"], "argument --batch: expected a whole number from 1 on, got '0'"),
         (["--tokens", "-3"], "argument --tokens: expected a whole number from 1 on, got '-3'"),
+        (["--prompt", " "], "argument --prompt: expected a text, got ' '"),
+        (["--confidence", "neg_entropy", "--threshold", "-inf", "--model", "large"], "invalid choice: 'large'"),
         (["--tokens", "1.5"], "argument --tokens: expected a whole number from 1 on, got '1.5'"),
         (["--confidence", "mood"], "argument --confidence: invalid choice: 'mood'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -257,15 +260,48 @@ def test_calibrate_refuses_in_one_sentence(shipped, text, capsys, tmp_path, monk
     assert "expected a file that can be written" in refuse([*argv, "--out", str(tmp_path)], capsys)
     assert "confidence 'probe' needs exit heads with a probe" in refuse([*argv, "--measure", "probe"], capsys)
     pieces = ["--prompts", "24", "--tokens", "12", "--prompt-tokens", "20"]
-    assert "candidates must descend" in refuse([*argv, "--level", "0.4", *pieces, "--candidates", "1", "2"], capsys)
-    assert "threshold must lie in 0..1" in refuse([*argv, "--level", "0.4", *pieces, "--candidates", "2"], capsys)
+    rising = [*argv, "--level", "0.4", *pieces, "--candidates", "0.3", "0.9"]
+    assert "candidates must descend" in refuse(rising, capsys)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    said = refuse([*argv, "--data", str(tmp_path / "bytes")], capsys)
+    assert f"--data must be text in UTF-8, got {tmp_path / 'bytes'}: invalid start byte at 0" in said
     ids = small_lm.load()[1](text.read_text(), verbose=False).input_ids
     folder = tmp_path / "model"
     shutil.copytree(small_lm.FOLDER, folder)
     (folder / "training.json").write_text(json.dumps({"sketch": fingerprints.sketch(ids)}))
     known = [*argv, "--model", str(folder), "--exits", "5", "--level", "0.4", *pieces]
     assert "calibration data must be apart from training data" in refuse(known, capsys)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    said = refuse(known, capsys)
+    assert "expected" not in said and f"and its tokenizer, got {folder}, whose tokenizer cannot be loaded: " in said
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert f"got {folder}, whose model cannot be loaded: " in refuse(known, capsys)
     assert not out.exists()
+
+
+def test_candidates_are_checked_before_the_model_is_loaded(text, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_lm, "load", lambda *a, **k: pytest.fail("it ran"))
+    argv = ["calibrate", "--model", "small", "--data", str(text), "--level", "0.1", "--out", str(tmp_path / "c.json")]
+    assert "threshold must lie in 0..1 for margin" in refuse([*argv, "--candidates", "0.9", "2"], capsys)
+    negative = ["--measure", "neg_entropy", "--candidates", "-1e-3", "-1", "3"]
+    assert "threshold must lie in -inf..0 for neg_entropy (or be inf, to never exit), got 3" in refuse(
+        [*argv, *negative], capsys
+    )
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_has_candidates_that_descend_in_its_range(measure):
+    grid = command.GRIDS.get(measure, command.GRID)
+    assert list(grid) == sorted(set(grid), reverse=True)
+    exeunt.policies.Threshold(grid).check(MEASURES[measure].low, MEASURES[measure].high, measure)
+
+
+def test_help_of_calibrate_names_the_exits_of_the_small_model(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "--help"])
+    exits = ",".join(map(str, small_lm.EXITS))
+    assert f"small: {exits})" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- info
@@ -336,6 +372,14 @@ def test_info_warns_of_two_openmp_runtimes(tmp_path):
     assert "warning" not in info.render(facts)
     facts["cpu"]["openmp"] = info.openmp_runtimes(tmp_path / "elsewhere")
     assert "unknown" in info.render(facts)
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    info = subprocess.Popen([sys.executable, "-m", "exeunt", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    info.stdout.close()
+    assert info.stderr.read() == b"" and info.wait() == 141
+    with pytest.raises(BrokenPipeError), terminal.refusing():  # not what the user can put right
+        raise BrokenPipeError
 
 
 def test_python_m_exeunt(monkeypatch, capsys):

@@ -51,6 +51,22 @@ def test_public_callables_have_examples(module):
         assert ">>>" in function.__doc__, f"{module.__name__}.{function.__name__} has no example"
 
 
+def test_names_that_documents_use_are_there_after_import_exeunt():
+    """In a process of its own: here other tests have imported the modules."""
+    names = ("training.fit", "evaluation.plan", "small_lm.EXITS", "calibration.calibrating.calibrate",
+             "calibration.live.live_losses", "calibration.shadow.Shadow")  # fmt: skip
+    code = "\n".join([
+        "import sys, exeunt",
+        "assert not {'exeunt.training', 'exeunt.evaluation', 'exeunt.calibration.live'} & set(sys.modules), 'slow'",
+        *(f"exeunt.{name}" for name in names),
+    ])  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for module in (exeunt, exeunt.calibration):
+        with pytest.raises(AttributeError, match=f"^module '{module.__name__}' has no attribute 'nothing'$"):
+            module.nothing  # noqa: B018
+
+
 def test_readme_example_runs(capsys):
     pytest.importorskip("transformers", reason="the README's example needs it")
     readme = (Path(__file__).parents[1] / "README.md").read_text()

@@ -5,6 +5,9 @@ for stock transformers models. Start with :func:`exeunt.attach` and :mod:`exeunt
 :func:`exeunt.ops.exit_stats` alone.
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from exeunt import (
     calibration,
     classifier_heads,
@@ -26,6 +29,17 @@ from exeunt.pipeline import pipeline
 from exeunt.report import Report
 from exeunt.stats import ExitStats
 
+if _typing.TYPE_CHECKING:
+    from exeunt import evaluation, small_lm, training
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import, when it is first asked for, what few programs need."""
+        if name in ("evaluation", "small_lm", "training"):
+            return _importlib.import_module(f"exeunt.{name}")
+        raise AttributeError(f"module 'exeunt' has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 __all__ = [
     "Attached",
@@ -37,6 +51,7 @@ __all__ = [
     "calibration",
     "classifier_heads",
     "confidence",
+    "evaluation",
     "heads",
     "huge_pages",
     "ops",
@@ -46,6 +61,8 @@ __all__ = [
     "reference",
     "register_attention",
     "replay",
+    "small_lm",
     "states",
+    "training",
     "words",
 ]

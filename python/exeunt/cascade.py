@@ -114,7 +114,8 @@ class Cascade(nn.Module):
         input_ids, attention_mask : Tensor
             [B, S].
         **inputs
-            What the models take beside them; tensors of B rows go along with their rows.
+            What the models take beside them; tensors of B rows go along with their rows, and those of S tokens are
+            cut like the ids, also where one row stands for all (position ids, say).
 
         Returns
         -------
@@ -157,9 +158,12 @@ class Cascade(nn.Module):
 
 def _taken(value: Any, rows: Tensor, whole: tuple[int, int], longest: int) -> Any:
     """An input for some rows, without the padding that none of them needs."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != whole[0]:
+    batch, length = whole
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] not in (1, batch):
         return value
-    return value[rows, :longest] if value.shape[1:] == whole[1:] else value[rows]
+    if value.shape[0] == batch:
+        value = value[rows]
+    return value[:, :longest] if value.dim() > 1 and value.shape[1] == length else value
 
 
 def difficulty_inversion_score(confidence: Tensor, difficulty: Tensor) -> float:

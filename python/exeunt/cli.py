@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ reads it, and, where the objective has the term, a probe, which says how far to 
 once; its states are kept on disk. --train last-2 or all trains layers of the model as well.
 
 Stopped at any moment, the same command goes on where it was. The result, exits.safetensors, is loaded with
-exeunt.heads.ExitHeads.load(file, model.config).
+exeunt.heads.ExitHeads.load(file, model.config); a model that was trained lies beside it in model/, with its tokenizer.
 """
 TRAIN_END = """\
 objective: terms joined by +, each with a factor or without
@@ -125,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, 2 after a sentence on what the user can put right, 130 after Ctrl-C.
+        Exit status: 0, 2 after a sentence on what the user can put right, 130 after Ctrl-C, 141 where nobody reads what
+        is printed any more (``exeunt info | head -1``).
 
     Examples
     --------
@@ -139,11 +141,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except terminal.Refused as refused:
         print(f"exeunt {args.command}: {refused}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own last flush is quiet
+        return 141
     return 0
 
 
@@ -166,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     demo.add_argument("--model", choices=list(PROMPTS), default="small", help="which model writes (small)")
-    demo.add_argument("--prompt", action="append", metavar="TEXT", help="begin with this; may be given repeatedly")
+    demo.add_argument(
+        "--prompt", action="append", type=terminal.text, metavar="TEXT", help="begin with this; may be given repeatedly"
+    )
     demo.add_argument(
         "--confidence", choices=list(MEASURES), help="what lets a token leave (small: margin, smollm2: probe)"
     )
@@ -311,6 +319,7 @@ def _train(args: argparse.Namespace) -> None:
             if importlib.util.find_spec(package) is None:
                 raise ImportError(f"this needs {package}: pip install exeunt[train]")
         text = terminal.read(args.data)  # before the model is loaded
+        terminal.check_folder(args.out)
         from exeunt.training import HEADS_FILE, tokenised, train_exits
 
         with terminal.quiet():
@@ -333,6 +342,7 @@ def _train(args: argparse.Namespace) -> None:
                 learning_rate=args.learning_rate,
                 bf16=args.bf16,
                 seed=args.seed,
+                tokenizer=tokenizer,
             )
     for layer, figures in json.loads(heads.metadata["held_out"])["held_out"].items():
         name = f"exit {layer}" if int(layer) in heads else "full depth"
@@ -347,6 +357,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                 raise ImportError(f"this needs {package}: pip install exeunt[demo]")
         if not 0 < args.consistency <= 1:
             raise ValueError(f"--consistency must lie in 0..1, larger than 0, got {args.consistency:g}")
+        terminal.check_folder(args.out)
         from rich.console import Console
         from rich.progress import Progress
 
@@ -379,10 +390,12 @@ def _read_text(args: argparse.Namespace) -> tuple[Any, list[str], Callable[[Any]
     """The recording of a language model on text, its words, and what a live run says beside an estimate."""
     if args.data is None or args.exits is None:
         raise ValueError("--model needs --data and --exits")
+    length, prompt = 128, 16
+    if args.tokens < length:
+        raise ValueError(f"--tokens must be {length} or more, got {args.tokens}")
     text = "\n\n".join(terminal.read(args.data))  # before the model is loaded
     from exeunt.evaluation import live_check, record_tokens
 
-    length, prompt = 128, 16
     with terminal.quiet():
         model, tokenizer = terminal.load(args.model, torch.float32)
         ids = torch.tensor(tokenizer(text)["input_ids"][: args.tokens])

@@ -171,7 +171,8 @@ def _entropy_unshifted(point: ExitPoint) -> Tensor:
 #: FREE), ``logit_margin`` (the same before the softmax, which does not saturate), ``neg_entropy`` (DeeBERT, in nats,
 #: negated), ``neg_normalized_entropy`` (FastBERT: divided by log C), ``saturation`` (CALM: cosine of a layer's output
 #: and input, no head read), ``probe`` (CALM's classifier, BERxiT's learning to exit: a learned map of the exit state,
-#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first),
+#: no head read), ``agreement`` (1 where the exit before predicts the same, else 0; 0 at the first; exits that
+#: the policy does not look at, before ``min_exit`` or between those of an ``interval``, are no exits before),
 #: ``candidate_probe`` (SpecEE: a learned map of the logits of a few candidates, the only words read).
 MEASURES: dict[str, Confidence] = {
     m.name: m
@@ -222,7 +223,9 @@ def max_prob_at(temperatures: Sequence[float]) -> Confidence:
             raise ValueError(f"temperatures must be one for each exit, got {len(by_exit)}")
         return ExitStats.from_logits(point.logits.float() / by_exit[point.exit]).max_prob
 
-    return Confidence("max_prob", 0.0, 1.0, True, score, remembers=True)
+    # The name tells them apart, in sentences and for a calibration.
+    name = f"max_prob at {', '.join(map(str, by_exit))}"
+    return Confidence(name, 0.0, 1.0, True, score, remembers=True)
 
 
 def measure(which: str | Confidence) -> Confidence:

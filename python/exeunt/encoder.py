@@ -1,8 +1,8 @@
 """The plug for encoders: rows of a batch leave between layers, each on its own.
 
-What is replaced, on instances only: ``forward`` of each encoder layer, and of the module that makes the logits. Beside
-that a hook before the encoder notes the mask of the batch, and one after it counts. Embeddings, masks, layers,
-poolers, losses and the type of the output stay the model's own.
+What is replaced, on instances only: ``forward`` of each encoder layer, of the module that makes the logits, and of the
+encoder around its own, where the mask of the batch is noted before it and rows are counted behind it. Embeddings,
+masks, layers, poolers, losses and the type of the output stay the model's own.
 
 One forward, seen from above::
 
@@ -11,6 +11,9 @@ One forward, seen from above::
     layer e+1 ..   staying rows    stock forward on these rows, cut to their own length, in buckets of similar length
     last layer     all rows        back in their places, those that left with the state of their exit
     logits         staying rows    the model's own; rows that left return those of their exit head
+
+Heads that build on the exits before them see all of these, as in training: those of exits that the recipe leaves out
+run as well, though no row leaves there.
 
 A layer hands on a tensor of the batch's shape that is not looked at: the rows that still run are kept here. So what
 was traced holds (:mod:`exeunt.models.encoder_structure`): between two layers the model does nothing.
@@ -32,7 +35,7 @@ from torch import Tensor
 
 from exeunt import buckets, ops
 from exeunt.calibration import Calibration
-from exeunt.classifier_heads import ClassifierHeads, View
+from exeunt.classifier_heads import META, ClassifierHeads, View
 from exeunt.confidence import MEASURES, ExitPoint
 from exeunt.encoder_batch import Forward, Group
 from exeunt.heads import ExitHead
@@ -144,6 +147,9 @@ class AttachedEncoder(Plug):
                     f"got {got_kind[0]} on {got_kind[1]}: call heads.to(...)"
                 )
         self._heads: ClassifierHeads = recipe.heads
+        # What heads say at exits where no row may leave is part of what later ones read.
+        self._meta = measure is not None and measure.name == META.name
+        self._remembering = {e for e in self._heads if e < exits[-1]} if self._heads.remembers or self._meta else set()
         ats = [At(k, layer, len(exits)) for k, layer in enumerate(exits)]
         self._exits = {at.layer: (at, self._kernel_check(at)) for at in ats}
         self._checks = [check for _, check in self._exits.values() if check is not None]
@@ -165,21 +171,24 @@ class AttachedEncoder(Plug):
             self._set(layer, "forward", types.MethodType(self._layer(layer), layer))
         if s.output is not None:
             self._set(s.output, "forward", types.MethodType(self._output(s.output), s.output))
-        names = parameters_of(s.encoder)
-
-        # Functions, not methods of this object: a deep copy of the model copies its hooks.
-        def begin(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if encoder is s.encoder:
-                self._begin(*named(names, args, kwargs))
-
-        def end(encoder: Any, args: Any, output: Any) -> None:
-            if encoder is s.encoder:
-                self._end()
-
-        self._undo.append(s.encoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        self._undo.append(s.encoder.register_forward_hook(end).remove)
+        self._set(s.encoder, "forward", types.MethodType(self._encoder(s.encoder), s.encoder))
 
     # ---- a forward of the model
+
+    def _encoder(self, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of the encoder; no hooks, which a pickled copy would have to bring along."""
+        stock, names = module.forward, parameters_of(module)
+
+        @functools.wraps(type(module).forward)
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not module:  # a copy of the model: it runs as if nothing were attached
+                return type(this).forward(this, *args, **kwargs)
+            self._begin(*named(names, args, kwargs))
+            out = stock(*args, **kwargs)
+            self._end()
+            return out
+
+        return forward
 
     def _begin(self, ids: Tensor | None, given: dict[str, Any]) -> None:
         """Before the encoder: refuse what exits cannot serve, and note the mask."""
@@ -207,6 +216,7 @@ class AttachedEncoder(Plug):
         """What stands in for the forward of an encoder layer."""
         stock, local, last, names = module.forward, self._local, self.depth - 1, parameters_of(module)
 
+        @functools.wraps(type(module).forward)  # by whose parameters exits on a copy name what it is called with
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not module:  # a deep copy of the model: it runs as if nothing were attached
                 return type(this).forward(this, *args, **kwargs)
@@ -261,7 +271,7 @@ class AttachedEncoder(Plug):
         if run.final is None:
             run.groups[0].hidden = hidden
         exit, observes = self._exits.get(layer), self._heads.observes
-        if exit is None and not observes:
+        if exit is None and not observes and layer not in self._remembering:
             return
         if torch.is_grad_enabled():
             with torch.no_grad():
@@ -269,12 +279,9 @@ class AttachedEncoder(Plug):
         if observes:
             for group in run.groups:
                 self._heads.observe(View(group.hidden, group.mask, layer, group.memory))
-        if exit is None:
-            return
-        at, check = exit
-        if self.recipe.policy.looks(at):
-            run.groups = [left for group in run.groups for left in self._release(at, check, group, run)]
-        elif self._heads.remembers:
+        if exit is not None and self.recipe.policy.looks(exit[0]):
+            run.groups = [left for group in run.groups for left in self._release(*exit, group, run)]
+        elif layer in self._remembering:
             for group in run.groups:
                 self._point(layer, group)
 
@@ -327,7 +334,7 @@ class AttachedEncoder(Plug):
         view = View(group.hidden, group.mask, layer, group.memory)
         judged = head.judge(view)
         state = before = judged.logits  # measures of logits look at no state
-        if head.meta is not None:
+        if self._meta and head.meta is not None:
             state = head.meta.seen(view, judged, (layer + 1) / self.depth)
         elif measure is not None and not measure.reads_head:
             state, before = head.pooled(view), head.pooled(view._replace(hidden=group.previous))

@@ -13,6 +13,7 @@ __all__ = ["Plug"]
 
 _Own = TypeVar("_Own", bound="Plug")
 
+#: Modules of which something is replaced: exits on a part of a model are exits on the model.
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -30,7 +31,7 @@ class Plug:
 
     @staticmethod
     def _refuse_twice(model: Any) -> None:
-        if model in _attached:
+        if any(module in _attached for module in model.modules()):
             raise ValueError(f"attach: expected a model without exits, got a {type(model).__name__} that has them")
 
     @staticmethod
@@ -48,7 +49,6 @@ class Plug:
         except BaseException:
             self.detach()
             raise
-        _attached.add(self.model)
 
     def _install(self) -> None:
         raise NotImplementedError
@@ -65,7 +65,6 @@ class Plug:
         """Restore the model; calling it again does nothing."""
         while self._undo:
             self._undo.pop()()
-        _attached.discard(self.model)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, to be undone."""
@@ -77,6 +76,8 @@ class Plug:
                 setattr(owner, name, old)
             else:
                 delattr(owner, name)
+            _attached.discard(owner)
 
         setattr(owner, name, value)
+        _attached.add(owner)
         self._undo.append(undo)

@@ -60,7 +60,7 @@ class Recording:
     costs : tuple of float or None
         Layers that a row has cost when it leaves at each exit, and at full depth; by default those that it ran through.
     about : dict
-        What it belongs to: fingerprints of model and data.
+        What it belongs to: fingerprints of model, exit heads and data.
 
     Examples
     --------
@@ -102,7 +102,7 @@ class Recording:
         ):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"a recording's {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-        self._scores: dict[tuple[Confidence, tuple[int, ...]], Tensor] = {}
+        self._scores: dict[tuple[Confidence, tuple[int, ...], tuple[int, ...] | None], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -170,9 +170,10 @@ class Recording:
         """Statistics at one exit."""
         return ExitStats(self._predicted[column], *self._statistics[column])
 
-    def scores(self, confidence: Confidence, columns: tuple[int, ...]) -> Tensor:
-        """Scores [len(columns), n] of a measure."""
-        if (confidence, columns) not in self._scores:
+    def scores(self, confidence: Confidence, columns: tuple[int, ...], looked: tuple[int, ...] | None = None) -> Tensor:
+        """Scores [len(columns), n] of a measure, which remembers those of the exits that are looked at; None: all."""
+        key = (confidence, columns, looked if confidence.remembers else None)
+        if key not in self._scores:
             if confidence.reads_head:
                 none, head = torch.empty(len(self), 0), ExitHead()
                 earlier, rows = torch.full((len(self),), -1), []
@@ -182,7 +183,8 @@ class Recording:
                     rows.append(
                         confidence.score(ExitPoint(none, none, head, stats, self.classes, logits, k, earlier)).float()
                     )
-                    earlier = stats.argmax
+                    if looked is None or k in looked:
+                        earlier = stats.argmax
                 rows += [torch.full((len(self),), torch.nan)] * (len(columns) - len(rows))
                 scores = torch.stack(rows)
             elif confidence.name in self.measures:
@@ -192,8 +194,8 @@ class Recording:
                 raise ValueError(
                     f"{confidence.name} is no function of logits: expected recorded scores of it, got {has}"
                 )
-            self._scores[confidence, columns] = scores
-        return self._scores[confidence, columns]
+            self._scores[key] = scores
+        return self._scores[key]
 
     def take(self, rows: Tensor | slice) -> Recording:
         """Recording of some rows."""
@@ -377,7 +379,9 @@ def _run(
 def _evidence(recording: Recording, recipe: Recipe, columns: tuple[int, ...]) -> list[Evidence]:
     """What all rows show at each column, of what the policy needs."""
     needs, policy = recipe.policy.needs, type(recipe.policy).__name__
-    scores = recording.scores(recipe.confidence, columns) if "score" in needs and recipe.confidence else None
+    ats = [At(k, recording.exits[c], len(columns) - 1) for k, c in enumerate(columns[:-1])]
+    looked = tuple(at.exit for at in ats if recipe.policy.looks(at))
+    scores = recording.scores(recipe.confidence, columns, looked) if "score" in needs and recipe.confidence else None
     logits = recording._logits if "logits" in needs else None
     if "logits" in needs and logits is None:
         raise ValueError(

@@ -19,12 +19,20 @@ def count_depths(exit_layers: list[Tensor]) -> dict[int, int]:
 
 
 def depth_lines(histogram: dict[int, int], layers: int, verb: str) -> list[str]:
-    """A line for each depth of a histogram: how many ``verb`` there, and which part of all that is."""
+    """A line for each exit of a histogram: how many ``verb`` there, and which part of all that is.
+
+    Examples
+    --------
+    >>> print(*depth_lines({3: 1, 11: 3}, 12, "left"), sep="\\n")
+      left after 4 of 12 layers (exit 3)            1   25.0%
+      full depth                                    3   75.0%
+    """
     names = {FINISHED: "row had ended", layers - 1: "full depth"}
     total = sum(histogram.values())
     return [
-        f"  {names.get(depth, f'{verb} after layer {depth}'):<22} {count:6d}  {count / total:6.1%}"
-        for depth, count in histogram.items()
+        f"  {names.get(exit, f'{verb} after {exit + 1} of {layers} layers (exit {exit})'):<40} {count:6d}  "
+        f"{count / total:6.1%}"
+        for exit, count in histogram.items()
     ]
 
 
@@ -53,14 +61,14 @@ class Report:
         How many of them the stock layer computed itself, since ``kv_fill`` does not serve this model.
     head_reads : int
         Passes over the output embedding's weight: checks plus final logits; the stock model makes one a step.
+    checks : int
+        How many of them were exit checks.
     attention : Counter of str
         Calls of attention by what served them, where the model's attention is exeunt's
         (:func:`exeunt.register_attention`): ``ragged_attention``, or ``torch: `` and why.
     graphs : Counter of str
         Segments of decoding steps by what became of them where the device has graphs (CUDA): recorded, replayed, run
         before they are recorded; and steps that ran without, with the reason.
-    checks : int
-        How many of them were exit checks.
     exit_layers : list of Tensor
         One [B] int64 tensor a step, where the model is: the layer after which each row left; L-1 at full depth, -1 for
         a row that had already ended and ran nothing.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,20 @@ import torch
 
 from exeunt import files, small_lm
 
-__all__ = ["Parser", "Refused", "check_writable", "layers", "load", "positive", "progress", "quiet", "read", "refusing"]
+__all__ = [
+    "Parser",
+    "Refused",
+    "check_folder",
+    "check_writable",
+    "layers",
+    "load",
+    "positive",
+    "progress",
+    "quiet",
+    "read",
+    "refusing",
+    "text",
+]
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -26,10 +41,19 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         return smollm2.load(dtype, progress=sys.stderr.isatty())
     if not Path(name).is_dir():
         raise ValueError(f"--model must be small, smollm2 or a folder with a model, got {name}")
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(name, local_files_only=True)
+    part = "model"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=True)
+        part = "tokenizer"
+        return model, AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, SafetensorError, ValueError) as error:  # some of several lines
+        why = str(error).splitlines()[0].rstrip(" :")
+        raise ValueError(
+            f"--model must be a folder with a model and its tokenizer, got {name}, whose {part} cannot be loaded: {why}"
+        ) from error
 
 
 @contextmanager
@@ -46,10 +70,15 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def read(path: Path) -> list[str]:
     """Texts of a file, or of the ``*.txt`` files below a folder."""
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files, texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path], []
     if not files:
         raise ValueError(f"--data must be a text file or a folder of *.txt files, got {path}, which has none")
-    return [file.read_text(encoding="utf-8") for file in files]
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--data must be text in UTF-8, got {file}: {error.reason} at {error.start}") from error
+    return texts
 
 
 @contextmanager
@@ -77,12 +106,18 @@ def refusing() -> Iterator[None]:
     """Make what the user can put right a `Refused`."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads on: nothing to put right
+        raise
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         raise Refused(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):
     """Refuses in one sentence."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf$)")  # Python < 3.14 takes -1e-3 for an option
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, without the usage, and leave."""
@@ -103,6 +138,23 @@ def layers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected layers such as 8,12,16, got {text!r}") from None
+
+
+def text(given: str) -> str:
+    """A text that is not empty."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError(f"expected a text, got {given!r}")
+    return given
+
+
+def check_folder(path: Path) -> None:
+    """Raise unless ``--out`` is a folder to write into, or can become one; nothing is made."""
+    there = next(p for p in (path, *path.parents) if p.exists())
+    problem = "" if os.access(there, os.W_OK) else f"{there} cannot be written"
+    if not there.is_dir():
+        problem = f"{there} is a file"
+    if problem:
+        raise OSError(f"--out must be a folder, got {path}: {problem}")
 
 
 def check_writable(path: Path | None) -> None:

@@ -1,8 +1,8 @@
 """The plug for taggers: words of a batch halt between layers, each on its own, and stay visible to the others.
 
-What is replaced, on instances only: ``forward`` of each encoder layer, and of the module that makes the logits. Beside
-that a hook before the model takes the argument ``words`` (a word map, :mod:`exeunt.words`), and hooks around the
-encoder note the mask of the batch and count.
+What is replaced, on instances only: ``forward`` of each encoder layer, of the module that makes the logits, of the
+encoder around its own, where the mask of the batch is noted and tokens are counted, and of the model, which takes the
+argument ``words`` (a word map, :mod:`exeunt.words`).
 
 One forward, seen from above::
 
@@ -19,9 +19,11 @@ the exit at which it ends.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -131,25 +133,39 @@ class AttachedTagger(AttachedEncoder):
     def _install(self) -> None:
         self._local: Any = _UnderWay()
         super()._install()
-        model, local = self.model, self._local
-
-        def take(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            words = kwargs.pop("words", None)
-            if module is model:
-                local.words = words
-            return args, kwargs
-
-        self._undo.append(model.register_forward_pre_hook(take, with_kwargs=True).remove)
+        self._set(self.model, "forward", types.MethodType(self._model(self.model), self.model))
         for layer in self._layers if self._before else ():
-
-            def note(norm: Any, args: tuple[Any, ...]) -> None:
-                run = local.running
-                if run is not None and run.whole:
-                    run.before = args[0]
-
-            self._undo.append(layer.norm.register_forward_pre_hook(note).remove)
+            self._set(layer.norm, "forward", types.MethodType(self._norm(layer.norm), layer.norm))
 
     # ---- a forward of the model
+
+    def _model(self, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of the model."""
+        stock, local = module.forward, self._local
+
+        @functools.wraps(type(module).forward)
+        def forward(this: Any, *args: Any, words: Tensor | None = None, **kwargs: Any) -> Any:
+            if this is not module:  # a copy of the model: it runs as if nothing were attached
+                return type(this).forward(this, *args, **kwargs)
+            local.words = words
+            return stock(*args, **kwargs)
+
+        return forward
+
+    def _norm(self, module: Any) -> Callable[..., Any]:
+        """What stands in for the forward of the last norm of a layer: what it reads is what freezes."""
+        stock, local = module.forward, self._local
+
+        @functools.wraps(type(module).forward)
+        def forward(this: Any, hidden: Tensor) -> Tensor:
+            if this is not module:
+                return type(this).forward(this, hidden)
+            run = local.running
+            if run is not None and run.whole:
+                run.before = hidden
+            return stock(hidden)
+
+        return forward
 
     def _begin(self, ids: Tensor | None, given: dict[str, Any]) -> None:
         """Before the encoder: refuse what exits cannot serve, and note the mask and the words."""
@@ -182,6 +198,7 @@ class AttachedTagger(AttachedEncoder):
         """What stands in for the forward of an encoder layer."""
         stock, local, last, names = module.forward, self._local, self.depth - 1, parameters_of(module)
 
+        @functools.wraps(type(module).forward)  # by whose parameters exits on a copy name what it is called with
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not module:  # a deep copy of the model: it runs as if nothing were attached
                 return type(this).forward(this, *args, **kwargs)

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("transformers", reason="a calibration belongs to a model")
 import exeunt
 from exeunt.calibration import Calibration, Contract, fingerprints
+from exeunt.classifier_heads import ClassifierHeads, PastMixHead
 from exeunt.heads import ExitHead, ExitHeads, Probe, Translator
 from oracle import prompts, tiny_llama
 
@@ -119,6 +120,40 @@ def test_a_calibration_of_something_else_is_refused(model, tmp_path):
     with_heads.apply(model, recipe(heads=heads(0)))
     with pytest.raises(ValueError, match="another exit heads"):
         with_heads.apply(model, recipe(heads=heads(1)))
+    same_weights = heads(0)
+    same_weights[1].probe.eps = 0.1
+    with pytest.raises(ValueError, match="another exit heads"):
+        with_heads.apply(model, recipe(heads=same_weights))
+
+
+def test_temperatures_are_a_part_of_the_recipe(model):
+    warm, warmer = (exeunt.recipes.right_tool(temperatures=[1.5, t], exits=EXITS) for t in (1.2, 1.3))
+    made = calibration(model, 0.7, warm)
+    assert made.apply(model, warm).policy.value == 0.7
+    for other, got in ((warmer, "max_prob at 1.5, 1.3"), (exeunt.recipes.right_tool(exits=EXITS), "max_prob")):
+        with pytest.raises(
+            ValueError, match=rf"another recipe: expected confidence max_prob at 1\.5, 1\.2, got {got}$"
+        ):
+            made.apply(model, other)
+
+
+def test_heads_are_known_by_all_that_decides():
+    def mixed(pooling="first", temperature=1.0, layer=1):
+        torch.manual_seed(0)
+        made = ClassifierHeads({layer: PastMixHead(8, 2, pooling, layers=2, earlier=0)})
+        made[layer].temperature.fill_(temperature)
+        return fingerprints.of_heads(made)
+
+    assert mixed() == mixed()
+    assert len({mixed(), mixed(pooling="mean"), mixed(temperature=2.0), mixed(layer=2)}) == 4
+    plain, careful = (ExitHeads({1: ExitHead(probe=Probe(8, eps=eps))}) for eps in (1e-6, 1e-5))
+    assert fingerprints.of_heads(plain) != fingerprints.of_heads(careful)
+    plain.metadata["note"] = "of no consequence"
+    plain.train()
+    assert fingerprints.of_heads(plain) == fingerprints.of_heads(ExitHeads({1: ExitHead(probe=Probe(8))}).eval())
+    norm, shifted = torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4)
+    shifted.running_mean += 1
+    assert fingerprints.of_weights(norm) != fingerprints.of_weights(shifted), "a buffer decides as well"
 
 
 def test_each_exit_gets_its_own_threshold(model):
@@ -137,9 +172,9 @@ def test_thresholds_must_fit_the_exits(model, thresholds):
 
 def test_files_that_are_no_calibration(model, tmp_path):
     path = tmp_path / "c.json"
-    for content in ("", "not json", "[]", '{"format": "exeunt.calibration", "version": 2}', '{"thresholds": {}}'):
+    for content in ("", "not json", "[]", '{"format": "exeunt.calibration", "version": 1}', '{"thresholds": {}}'):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"c\.json is not an exeunt calibration of version 1$"):
+        with pytest.raises(ValueError, match=r"c\.json is not an exeunt calibration of version 2$"):
             Calibration.load(path)
     calibration(model).save(path)
     whole = json.loads(path.read_text())

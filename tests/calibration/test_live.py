@@ -1,13 +1,13 @@
 """Losses from live runs, what is made of them, and requests that are held against full depth."""
 
-import dataclasses
+import copy
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import exeunt
 from exeunt.calibration import Audit, Calibration, Contract, calibrating, fingerprints, learn_then_test
@@ -67,6 +67,18 @@ def test_forced_losses_are_those_of_one_text_at_a_time(model, texts):
             assert loss == pytest.approx(np.mean(np.array(full) != early))
 
 
+@pytest.mark.parametrize("setting", ["bfloat16", "penalty"])
+def test_full_depth_has_no_loss_whatever_it_is_rounded_to_or_penalised_by(model, texts, setting):
+    model = copy.deepcopy(model)
+    if setting == "bfloat16":
+        model = model.bfloat16()
+    else:
+        model.generation_config.repetition_penalty = 1.3
+    longer = np.concatenate([texts, texts[::-1]], 1)
+    live = live_losses(model, recipe(), longer, [math.inf, 0.0], prompt=PROMPT)
+    assert not live.losses[0].any() and live.losses[1].mean() > 0.1
+
+
 @pytest.mark.parametrize("risk", RISKS)
 def test_every_risk_is_none_at_full_depth_and_some_at_the_first_exit(model, texts, risk):
     if risk in ("rouge-l", "bleu"):
@@ -107,6 +119,30 @@ def test_stopping_early_chooses_what_all_candidates_would(model, texts, method, 
         model, recipe(), texts, grid, level=level, confidence=0.8, method=method, prompt=PROMPT
     )
     assert again.threshold == found.threshold and (again.live.losses == found.live.losses).all()
+
+
+def test_where_nothing_passes_it_is_full_depth_that_was_run(model, texts):
+    counted = []
+    found = calibrating.calibrate(
+        model, recipe(), texts, [0.0], level=0.2, confidence=0.9, prompt=PROMPT, batch=24, advance=counted.append
+    )
+    assert found.threshold == math.inf and counted == [24] * 3  # the model alone, without exits, the candidate
+    assert len(found.live.losses) == len(found.live.layers) == 1 and found.live.losses.mean() > 0.2
+
+
+def test_a_risk_that_full_depth_does_not_keep_is_refused(model, texts, monkeypatch):
+    """Were the kernels of two runs to differ, say."""
+    never = lambda *a, **k: calibrating.Live(np.full((1, 24), 0.5), [6.0])  # noqa: E731
+    monkeypatch.setattr(calibrating, "live_losses", never)
+    for method, sentence in (
+        (
+            "ltt",
+            "not even without any exit is next-token disagreement shown to be at most 0.3: it is 0.5 on 24 prompts",
+        ),
+        ("crc", "method 'crc' needs losses that full depth does not have, got 0.5 without any exit"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            calibrating.calibrate(model, recipe(), texts, [0.9, 0.5], level=0.3, method=method, prompt=PROMPT)
 
 
 def test_a_calibration_goes_to_attach_and_is_refused_elsewhere(model, texts, tmp_path):
@@ -219,6 +255,58 @@ def test_a_share_of_the_requests_is_looked_at_and_padding_changes_nothing(model,
         assert whole.total == pytest.approx(padded.total)
 
 
+def shadowed(model, threshold, ids, **options):
+    """The audit of one batch that was looked at as a whole."""
+    audit = Audit(contract(level=0.9))
+    with exeunt.attach(model, recipe(threshold)) as early:
+        out = Shadow(early, audit, fraction=1.0).generate(ids, pad_token_id=0, **options)
+    return audit, out
+
+
+def test_both_sides_have_the_options_of_the_request(model, texts):
+    ids = torch.from_numpy(texts[:, :PROMPT])
+    _, out = shadowed(model, math.inf, ids, max_new_tokens=12)
+    ends = out[:6, PROMPT + 3].tolist()
+    own = GenerationConfig(max_new_tokens=12, repetition_penalty=1.4, eos_token_id=ends, pad_token_id=0)
+    for options in (
+        {"max_new_tokens": 12, "repetition_penalty": 1.4},
+        {"max_new_tokens": 12, "eos_token_id": ends},
+        {"generation_config": own},
+    ):
+        audit, again = shadowed(model, math.inf, ids, **options)
+        assert not torch.equal(again[:, : out.shape[1]], out), "a test of nothing: the option changes no word"
+        assert audit.count > 12 and audit.total == 0
+    penalised = copy.deepcopy(model)
+    penalised.generation_config.repetition_penalty = 1.4
+    assert shadowed(penalised, math.inf, ids, max_new_tokens=12)[0].total == 0
+
+
+def test_only_words_that_exits_could_change_count(model, texts):
+    """The first comes from the prompt's own forward: of two words one counts, and a request of one shows nothing."""
+    ids = torch.from_numpy(texts[:, :PROMPT])
+    assert shadowed(model, 0.0, ids, max_new_tokens=1)[0].count == 0
+    audit, out = shadowed(model, 0.0, ids, max_new_tokens=2)
+    went_on = out[out[:, PROMPT] != 7]
+    with torch.no_grad():
+        alone = model(went_on[:, :-1]).logits[:, -1].argmax(-1)
+    assert audit.count == len(went_on) and audit.total == int((alone != went_on[:, -1]).sum()) > 0
+
+
+def test_a_streamer_hears_the_answer_alone(model, texts):
+    class Heard:
+        ends = 0
+
+        def put(self, ids):
+            pass
+
+        def end(self):
+            self.ends += 1
+
+    heard = Heard()
+    shadowed(model, 0.5, torch.from_numpy(texts[:1, :PROMPT]), max_new_tokens=4, streamer=heard)
+    assert heard.ends == 1
+
+
 def test_requests_beyond_the_level_refute_the_contract_as_soon_as_theory_says_and_others_do_not(model):
     ids = torch.from_numpy(np.random.default_rng(0).integers(1, 60, (300, PROMPT)))
     with exeunt.attach(model, recipe(0.35)) as early, warnings.catch_warnings():
@@ -238,6 +326,17 @@ def test_requests_beyond_the_level_refute_the_contract_as_soon_as_theory_says_an
         assert not watched(risk * 1.3).refuted
 
 
+def asked(early, **options):
+    return Shadow(early, Audit(contract())).generate(torch.ones(1, 2).long(), max_new_tokens=2, **options)
+
+
+def test_settings_of_the_model_that_are_not_greedy_are_refused(model):
+    beams = copy.deepcopy(model)
+    beams.generation_config.num_beams = 3
+    with exeunt.attach(beams, recipe()) as early, pytest.raises(ValueError, match="got beam search"):
+        asked(early)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -245,9 +344,13 @@ def test_requests_beyond_the_level_refute_the_contract_as_soon_as_theory_says_an
         (lambda early: Shadow(early, Audit(contract("label disagreement"))), "expected a contract of next-token"),
         (lambda early: Shadow(early, Audit(contract("1 - BLEU"))), "expected a tokenizer, got none"),
         (
-            lambda early: Shadow(early, Audit(contract())).generate(torch.ones(1, 2).long(), do_sample=True),
-            "shadow runs compare greedy generations that return ids",
+            lambda early: asked(early, do_sample=True),
+            "shadow runs compare greedy generations that return ids, got sample",
         ),
+        (lambda early: asked(early, num_beams=2), "got beam search"),
+        (lambda early: asked(early, generation_config=GenerationConfig(do_sample=True)), "got sample"),
+        (lambda early: asked(early, prompt_lookup_num_tokens=2), "got assisted generation"),
+        (lambda early: asked(early, return_dict_in_generate=True), "got a dict"),
     ],
 )
 def test_bad_shadows_get_one_sentence(model, make, sentence):
@@ -259,62 +362,3 @@ def test_the_choice_is_the_methods_own(texts):
     losses = np.zeros((3, 200))
     losses[1, :10], losses[2, :60] = 1, 1
     assert calibrating._choose(losses, 0.1, 0.95, "ltt", [3, 2, 1]) == learn_then_test(losses, 0.1, 0.95) == 1
-
-
-# ---- by replay
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    config = BertConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
-    torch.manual_seed(0)
-    return BertForSequenceClassification(config).eval()
-
-
-def recorded(n=400, **more):
-    rng = np.random.default_rng(2)
-    truth = rng.normal(size=(n, 1))
-    shown = np.concatenate([truth + rng.normal(size=(n, 1)) * s for s in (0.8, 0.4, 0.2, 0.0)], 1)
-    logits = np.stack([shown, -shown], -1) * np.array([1.5, 2, 3, 4])[:, None]
-    return exeunt.replay.Recording.of_logits(logits, labels=(truth[:, 0] < 0).astype(int), **more)
-
-
-@pytest.mark.parametrize("method", calibrating.METHODS)
-def test_recordings_calibrate_as_their_losses_by_hand(encoder, method):
-    recording, grid = recorded(), [1.0, 0.95, 0.9, 0.8, 0.7, 0.5]
-    found = calibrating.calibrate_recorded(
-        encoder, exeunt.recipes.right_tool(), recording, grid, level=0.1, method=method
-    )
-    scores = recording.logits.softmax(-1).max(-1).values
-    losses = np.zeros((len(grid), len(recording)))
-    for k, threshold in enumerate(grid):
-        for i in range(len(recording)):
-            exit = next((e for e in range(3) if scores[i, e] >= threshold), 3)
-            losses[k, i] = recording.predicted[i, exit] != recording.predicted[i, 3]
-    assert (found.live.losses == losses).all()
-    row = calibrating._choose(losses, 0.1, None if method == "crc" else 0.95, method, grid)
-    assert row is not None and found.threshold == grid[row] < 0.95
-    assert found.calibration.contract.unit == "example" and found.calibration.contract.n == 400
-
-
-def test_recordings_against_the_truth_and_what_is_refused(encoder):
-    recipe, grid = exeunt.recipes.right_tool(), [0.95, 0.8]
-    options = {"level": 0.3, "risk": "error"}
-    found = calibrating.calibrate_recorded(encoder, recipe, recorded(), grid, **options)
-    assert found.calibration.contract.risk == "1 - accuracy"
-    calls = [
-        (recorded(about={"model": {"weights": "x"}}), {}, "the recording belongs to another model"),
-        (recorded(), {"method": "crc"}, "needs losses that full depth does not have"),
-        (recorded(), {"risk": "taste"}, "risk must be disagreement or error, got 'taste'"),
-        (recorded(3), {}, r"at this level needs at least \d+ examples, got 3"),
-        (recorded(), {"level": 1.5}, "must lie strictly between 0 and 1"),
-    ]
-    for recording, change, sentence in calls:
-        with pytest.raises(ValueError, match=sentence):
-            calibrating.calibrate_recorded(encoder, recipe, recording, grid, **options | change)
-    bare = dataclasses.replace(recorded(), labels=None)
-    with pytest.raises(ValueError, match="risk 'error' needs labels"):
-        calibrating.calibrate_recorded(encoder, recipe, bare, grid, **options)
-    tokens = recorded(positions=np.arange(400))
-    with pytest.raises(ValueError, match="replay is an estimate here"):
-        calibrating.calibrate_recorded(encoder, exeunt.recipes.calm([0, 1]), tokens, grid, level=0.3)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import exeunt
 from exeunt import calibration as cal
 from exeunt.calibration import risks
 from exeunt.calibration.beta_mixture import _expectation_maximisation
@@ -39,6 +41,9 @@ def test_a_tie_with_the_quantile_stays_in_the_scores_own_dtype():
 def test_where_no_exit_is_ever_wrong():
     scores, right = np.random.default_rng(0).random((100, 2)), np.ones((100, 2), bool)
     assert (cal.first_exit(scores, cal.conformal(scores, right, 0.1, "unconditional")) == 0).all()
+    found = cal.conformal(scores, right, 0.1, "unconditional")
+    assert (found == scores.min()).all(), "a threshold that the measure can have"
+    exeunt.recipes.right_tool(found, exits=[0, 1])
     for variant in ("shared", "independent"):  # nothing is known of inconsistent examples
         assert np.isinf(cal.conformal(scores, right, 0.1, variant)).all()
 
@@ -46,6 +51,7 @@ def test_where_no_exit_is_ever_wrong():
 def test_first_exit_and_nan():
     assert cal.first_exit([[0.5, 0.9]], [0.6, 0.9]).tolist() == [1]
     assert cal.first_exit([[0.5, 0.9]], math.inf).tolist() == [2]
+    assert cal.first_exit([[math.inf, 0.9]], 0.5).tolist() == [1]  # as a Threshold policy has it
 
 
 # ---- grids
@@ -179,6 +185,16 @@ def test_utility_keeps_its_window_and_opens_the_worthwhile_exit():
     assert np.isinf(cal.utility(scores, np.zeros((2000, 3), bool), [4, 8, 10, 12], 0.0001)).all()
 
 
+def test_utility_of_infinite_scores_and_within_the_measure():
+    scores = np.random.default_rng(0).random((500, 3))
+    scores[:3, 0], scores[:, 2] = math.inf, math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = cal.utility(scores, np.ones((500, 3), bool), [4, 8, 10, 12], 0.02)
+    assert found[0] == scores[3:, 0].min() and found[2] == math.inf and not np.isnan(found).any()
+    exeunt.recipes.right_tool(found, exits=[0, 1, 2])
+
+
 # ---- risks
 
 
@@ -191,6 +207,29 @@ def test_risks():
     for loss in (risks.rouge_l, risks.bleu):
         same, other, between = loss([text, "nothing alike", text[:-4]], [text] * 3)
         assert same == pytest.approx(0) and other == pytest.approx(1, abs=0.02) and 0 < between < 0.4
+
+
+@pytest.mark.parametrize(
+    "early,full,rouge",
+    [
+        ("", "", 0.0), ("!!!", "!!!", 0.0), ("", "yes", 1.0), ("yes", "", 1.0), ("你好世界", "你好世界", 0.0),
+        ("你好世界", "你好地球", 0.5), ("нет 5", "да 5", 0.5), ("Ответ 42", "ответ 42!", 0.0), ("สวัสดี", "ลา", 1.0),
+        ("कि", "की", 1.0), ("naïve cats", "naïve cat", 0.0), ("x_1 running", "x 1 run", 0.0),
+    ],
+)  # fmt: skip
+def test_texts_of_any_script_and_of_nothing(early, full, rouge):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    assert risks.rouge_l([early], [full]).tolist() == [pytest.approx(rouge)]
+    assert (risks.bleu([early], [full])[0] == 0) == (early == full)
+
+
+def test_words_of_ascii_text_are_rouge_scores_own():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    texts = ["The cats' 3 running dogs, un-believably.", "the cat ran: 3.5 dogs_running", "Nothing (alike)", "a b\nc"]
+    for a in texts:
+        for b in texts:
+            assert risks.rouge_l([a], [b])[0] == pytest.approx(1 - scorer.score(b, a)["rougeL"].fmeasure)
 
 
 # ---- bad input

@@ -105,6 +105,41 @@ def test_heads_of_another_model_and_files_that_hold_none(tmp_path):
         ClassifierHeads({0: LinearHead(D, 2), 1: LinearHead(D, 3)})
 
 
+def test_a_probe_with_a_hidden_layer_comes_back(tmp_path):
+    heads = ClassifierHeads({1: LinearHead(D, CLASSES, probe=Probe(D, width=16))})
+    heads.save(tmp_path, build("bert").config)
+    again = ClassifierHeads.load(tmp_path, build("bert").config)
+    assert again[1].probe.width == 16 and torch.equal(again[1].probe.hidden.weight, heads[1].probe.hidden.weight)
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path):
+    config = build("bert").config
+    heads_of("linear").save(tmp_path, config)
+    weights, about = (tmp_path / f"exeunt_heads.{kind}" for kind in ("safetensors", "json"))
+    content, described = weights.read_bytes(), json.loads(about.read_text())
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message) as caught:
+            ClassifierHeads.load(tmp_path, config)
+        assert "\n" not in str(caught.value)
+
+    for field in ("model", "heads", "shared", "metadata", "digest"):
+        about.write_text(json.dumps({name: value for name, value in described.items() if name != field}))
+        refused(rf"exeunt_heads\.json is damaged: expected the fields that save writes, got KeyError: '{field}'$")
+    about.write_text(json.dumps({**described, "heads": {"0": described["heads"]["0"]}}))
+    refused("is damaged: expected the fields that save writes, got RuntimeError: Error")
+    about.write_text("[]")
+    refused("holds no exit heads of a classifier")
+    about.write_text(json.dumps(described))
+    weights.write_bytes(content[:-40])
+    refused("saved with its exeunt_heads.json, got another or a damaged one$")
+    heads_of("linear", seed=1).save(tmp_path, config)
+    about.write_text(json.dumps(described))  # the process was killed between the two files
+    refused("saved with its exeunt_heads.json, got another or a damaged one$")
+    weights.unlink()
+    refused(r"expected the exeunt_heads\.safetensors that was saved with its exeunt_heads\.json, got none$")
+
+
 def test_only_the_maps_above_an_exit_are_computed():
     maps = GlobalMaps(D, CLASSES, L)
     calls = []

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="attach needs transformers")
+transformers = pytest.importorskip("transformers", reason="attach needs transformers")
 
 import exeunt
 from encoder_zoo import CLASSES, ZOO, build, leaves_at, rows, states_of, thresholds
@@ -252,13 +253,90 @@ def test_copies_and_training_run_as_if_nothing_were_attached():
     with torch.no_grad():
         full = model(input_ids=ids, attention_mask=mask).logits
         with exeunt.attach(model, recipe(heads_for(model), 0.0)) as early:
-            twin = copy.deepcopy(model)
-            assert torch.equal(twin(input_ids=ids, attention_mask=mask).logits, full)
+            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert torch.equal(twin(input_ids=ids, attention_mask=mask).logits, full)
             model.train()
             assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, full)
             model.eval()
             assert early.report().forwards == 0
             assert not torch.equal(model(input_ids=ids, attention_mask=mask).logits, full)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_exits_on_a_copy_are_exits_on_the_model(name):
+    model = build(name)
+    ids, mask, _ = rows(9)
+    heads = heads_for(model)
+    plan = recipe(heads, thresholds(exit_logits(model, heads, ids, mask)[0].softmax(-1).amax(-1)))
+    with torch.no_grad(), exeunt.attach(model, plan) as early:
+        want, twin = model(input_ids=ids, attention_mask=mask).logits, copy.deepcopy(model)
+    with torch.no_grad(), exeunt.attach(twin, plan) as again:
+        got = twin(input_ids=ids, attention_mask=mask).logits
+    assert early.report().exit_layers[0].unique().numel() > 1 and torch.equal(got, want)
+    assert torch.equal(again.report().exit_layers[0], early.report().exit_layers[0])
+
+
+def test_exits_on_a_part_are_exits_on_the_model():
+    model = build("bert")
+    stock = {name: dict(vars(m)) for name, m in model.named_modules()}
+    for first, second in ((model, model.bert), (model.bert, model)):
+        sentence = f"a model without exits, got a {type(second).__name__} that has them"
+        with exeunt.attach(first, recipe(heads_for(model))), pytest.raises(ValueError, match=sentence):
+            exeunt.attach(second, recipe(heads_for(model)))
+    assert stock == {name: vars(m) for name, m in model.named_modules()}
+    exeunt.attach(model, recipe(heads_for(model))).detach()
+
+
+SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4)
+T5 = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=5, num_heads=4)
+OTHERS = {
+    "T5EncoderModel": ("T5Config", T5, "hand on their states alone, got position_bias of layer 1 from an earlier one"),
+    "T5ForSequenceClassification": ("T5Config", T5, "an encoder alone, got an encoder and a decoder"),
+    "XLNetForSequenceClassification": (
+        "XLNetConfig", dict(vocab_size=99, d_model=32, d_inner=48, n_layer=5, n_head=4),
+        r"layers that take \[2, 5, D\], got \[5, 2, 32\]",
+    ),
+    "LongformerForSequenceClassification": (
+        "LongformerConfig", {**SMALL, "attention_window": 4}, r"layers that take \[2, 5, D\], got \[2, 8, 32\]",
+    ),
+    "LlamaModel": ("LlamaConfig", SMALL, "layers without a cache, got (cache|past_key_values?) of layer 0"),
+    "FNetForSequenceClassification": (
+        "FNetConfig", SMALL,
+        "(give a row the same without other rows and without its padding.* FNetLayer|TypeError: .*attention_mask')",
+    ),
+    "ConvBertForSequenceClassification": (
+        "ConvBertConfig", {**SMALL, "embedding_size": 32}, "without its padding, got another output in ConvBertLayer"
+    ),
+    "BertForMultipleChoice": ("BertConfig", SMALL, "a model of texts, .* got RuntimeError: shape"),
+    "NystromformerForSequenceClassification": (
+        "NystromformerConfig", {**SMALL, "segment_means_seq_len": 64, "num_landmarks": 8},
+        "a model of texts, .* got RuntimeError: shape",
+    ),
+    "CanineForSequenceClassification": (
+        "CanineConfig", {k: v for k, v in SMALL.items() if k != "vocab_size"},
+        "a model of texts, .* got AttributeError: 'CanineConfig'",
+    ),
+    "Wav2Vec2ForSequenceClassification": (
+        "Wav2Vec2Config",
+        {**SMALL, "conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embeddings": 16,
+         "num_conv_pos_embedding_groups": 2},
+        "a model of texts, .* got TypeError: .*(input_values|input_ids)'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_exits_cannot_serve_are_refused(name):
+    kind, settings, sentence = OTHERS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, kind)(**settings)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    heads = ClassifierHeads({1: LinearHead(32, 2)})
+    with pytest.raises(ValueError, match=f"^attach: expected .*{sentence}.* {name}"):
+        exeunt.attach(model, recipe(heads))
+    assert all("forward" not in vars(m) for m in model.modules())
 
 
 def test_bad_input_gets_one_sentence():

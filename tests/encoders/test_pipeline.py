@@ -119,6 +119,20 @@ def test_a_cascade_answers_as_its_models_one_after_another():
     assert seen[1][0][1] == int(lengths[answered >= 1].max())
 
 
+def test_what_one_row_says_for_all_is_cut_with_the_ids():
+    models = [sharp(2, 0), sharp(4, 1)]
+    ids, mask, lengths = rows(12, seed=5)
+    places = torch.arange(40).flip(0)[None]
+    with torch.no_grad():
+        first, second = (m(input_ids=ids, attention_mask=mask, position_ids=places).logits for m in models)
+        scores = first.softmax(-1).amax(-1)
+        sure = scores >= scores[lengths.argmax()]  # the longest row goes no further, so what goes on is cut
+        cascade = Cascade(models, float(scores[lengths.argmax()]))
+        got = cascade(input_ids=ids, attention_mask=mask, position_ids=places).logits
+    assert 0 < int(sure.sum()) < 12 and int(lengths[~sure].max()) < 40
+    assert float((got - torch.where(sure[:, None], first, second)).abs().max()) <= 2e-6
+
+
 def test_a_cascade_refuses():
     small, large = sharp(2, 0), sharp(4, 1)
     with pytest.raises(ValueError, match="expected two models or more, got 1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from encoder_zoo import CLASSES, build, rows
 from exeunt.classifier_heads import AttentionHead, ClassifierHeads, LinearHead, PoolerHead
 from exeunt.confidence import measure
 from exeunt.policies import WordWindow
-from exeunt.recipes import Recipe, sentee, tokee
+from exeunt.recipes import Recipe, deebert, sentee, tokee
 from exeunt.states import Freeze
 from word_oracle import oracle, random_words, sentence_rule, tagger_heads, window_rule
 
-NAMES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "deberta-v2", "modernbert")
+NAMES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert")
 CLOSE, CLEAR = 2e-6, 1e-4
 BOUND = 0.86  # of the normalised entropy of random heads: about half of the words halt on the way
 BATCHES = (1, 8, 64)
@@ -203,12 +204,33 @@ def test_nothing_halts_nothing_changes(name):
         with exeunt.attach(model, tokee(0.0, heads=heads)) as early:
             got = model(**inputs, words=words)
             copied = copy.deepcopy(model)(**inputs, words=words)
+            pickled = pickle.loads(pickle.dumps(model))(**inputs)
         after = model(**inputs)
     assert type(got) is type(want)
-    for other in (got, copied, after):
+    for other in (got, copied, pickled, after):
         assert torch.equal(other.logits, want.logits) and torch.equal(other.loss, want.loss)
     report = early.report()
     assert set(report.histogram) == {5} and report.layer_tokens == ids.numel() * 6 and report.key_tokens == 0
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_exits_on_a_copy_halt_the_same_words(norm):
+    model, heads = tagger("bert")
+    ids, mask, lengths = rows(8, seed=1)
+    inputs = dict(input_ids=ids, attention_mask=mask, words=random_words(lengths, 1))
+    recipe = tokee(BOUND, window=3, norm=norm, heads=heads)
+    with torch.no_grad(), exeunt.attach(model, recipe) as early:
+        want, twin = model(**inputs).logits, copy.deepcopy(model)
+    with torch.no_grad(), exeunt.attach(twin, recipe) as again:
+        got = twin(**inputs).logits
+    assert len(early.depths.unique()) > 3 and torch.equal(again.depths, early.depths) and torch.equal(got, want)
+    assert all("forward" not in vars(m) for m in model.modules())
+    texts, states = dict(input_ids=ids, attention_mask=mask), []
+    for encoder in (model.bert, twin.bert):  # whole texts that leave have their mask there as well
+        with torch.no_grad(), exeunt.attach(encoder, deebert(0.9, heads=heads)) as early:
+            states.append(encoder(**texts).last_hidden_state)
+        assert len(early.report().histogram) > 1
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v2", "modernbert"])

@@ -66,6 +66,7 @@ def test_helps_where_most_rows_are_clear_early():
     assert made.recipe is not None and made.ratio > 1.5 and made.oracle >= made.ratio
     assert made.replayed.consistency > 0.93 and len(made.replayed.depth) == 300
     assert made.sentences[0].startswith("Leave by ") and f"{made.ratio:.2f}x" in made.sentences[0]
+    assert f" at exits {list(made.recipe.exits)}: " in made.sentences[0]  # 0-based, so not "after layers"
     assert replay(recording(), made.recipe).mean_layers < LAYERS  # the recipe is whole: it can be replayed as it is
 
 
@@ -94,6 +95,18 @@ def test_probes_are_planned_with_only_where_there_are_heads_for_them():
     with_heads = plan(sure, costs(), points=5, heads=probes, only=lambda name: name in ("cats", "deebert"))
     assert with_heads.recipe.measures == "probe" and with_heads.recipe.heads is probes
     assert plan(sure, costs(), points=5, only=lambda name: name == "cats").recipe is None
+
+
+def test_probes_of_candidates_are_planned_with_only_where_heads_have_them():
+    sure = recording(positions=torch.arange(600) % 20, limit=20)
+    sure.measures["candidate_probe"] = (sure.predicted == sure.predicted[:, -1:]).float() * 0.8 + 0.1
+    specee = {"points": 5, "only": lambda name: name == "specee"}
+    assert plan(sure, costs(), **specee).recipe is None
+    bare = exeunt.heads.ExitHeads({e: exeunt.heads.ExitHead(probe=exeunt.heads.Probe(4)) for e in range(5)})
+    assert plan(sure, costs(), heads=bare, **specee).recipe is None
+    three = {e: exeunt.heads.ExitHead(candidates=exeunt.heads.CandidateProbe(3, 8)) for e in range(5)}
+    made = plan(sure, costs(), heads=exeunt.heads.ExitHeads(three), **specee)
+    assert made.recipe.measures == "candidate_probe" and made.recipe.candidates.count == 3
 
 
 def test_estimates_are_called_so():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from exeunt.calibration import fingerprints
+from exeunt.classifier_heads import ClassifierHeads, LinearHead
 from exeunt.evaluation import load, record
 from exeunt.evaluation import record as package_record
 from exeunt.evaluation.record import CHUNK
@@ -28,8 +30,8 @@ def logits(units):
 class Run:
     """Counts what is run, and is killed after some calls."""
 
-    def __init__(self, dies_after=None):
-        self.units, self.calls, self.dies_after = [], 0, dies_after
+    def __init__(self, dies_after=None, heads=None):
+        self.units, self.calls, self.dies_after, self.heads = [], 0, dies_after, heads
 
     def __call__(self, units):
         if self.calls == self.dies_after:
@@ -114,7 +116,7 @@ def test_refuses_in_one_sentence(tmp_path, change, message):
 
 
 def test_what_is_no_recording(tmp_path):
-    with pytest.raises(ValueError, match="holds no exeunt recording of version 1"):
+    with pytest.raises(ValueError, match="holds no exeunt recording of version 2"):
         load(tmp_path)
     with pytest.raises(ValueError, match="expected units, got none"):
         make(tmp_path / "none", [])
@@ -124,7 +126,36 @@ def test_what_is_no_recording(tmp_path):
         load(tmp_path / "damaged")
     make(tmp_path / "mixed", range(3))
     with pytest.raises(ValueError, match="hold different things"):
-        make(tmp_path / "mixed", range(4), labels=range(4))
+        make(tmp_path / "mixed", range(4), logits)
+
+
+def test_belongs_to_its_exit_heads(tmp_path):
+    first, second = (ClassifierHeads({e: LinearHead(4, CLASSES) for e in EXITS}) for _ in range(2))
+    make(tmp_path, range(3), Run(heads=first))
+    assert make(tmp_path, range(4), Run(heads=first)).about["heads"] == fingerprints.of_heads(first)
+    for run in (Run(heads=second), Run()):
+        with pytest.raises(ValueError, match="holds a recording of other exit heads"):
+            make(tmp_path, range(5), run)
+        assert not run.units
+
+
+def test_labels_may_come_later_and_do_not_change(tmp_path):
+    run = Run()
+    assert make(tmp_path, range(3), run).labels is None
+    assert make(tmp_path, range(3), run, labels=[0, 1, 2]).labels.tolist() == [0, 1, 2]
+    assert make(tmp_path, range(3), run).labels.tolist() == [0, 1, 2] and len(run.units) == 3
+    for change, message in (
+        ({"labels": [0, 2, 2]}, "other labels: expected 1 for unit 1, got 2"),
+        ({"units": range(5), "labels": [1, 1, 2, 0, 0]}, "other labels: expected 0 for unit 0, got 1"),
+        ({"units": range(5)}, "with labels: expected 5 labels for its units, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, **{"units": range(3), "run": run, **change})
+    assert len(run.units) == 3, "nothing is run before labels are compared"
+    assert make(tmp_path, range(5), run, labels=[0, 1, 2, 0, 1]).labels.tolist() == [0, 1, 2, 0, 1]
+    unlabelled = tmp_path / "unlabelled"
+    make(unlabelled, range(3))
+    assert make(unlabelled, range(4), labels=[2, 2, 2, 1]).labels.tolist() == [2, 2, 2, 1]
 
 
 def test_index_is_json(tmp_path):

@@ -88,6 +88,32 @@ def test_command_line_reads_a_text_with_a_model(tmp_path, capsys):
         assert status == 2 and message in said.err
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"--exits": "40"}, "exits must lie in 0..10 for a model of 12 layers, got [40]"),
+        ({"--exits": "5,11"}, "exits must lie in 0..10 for a model of 12 layers, got [5, 11]"),
+        ({"--exits": "-1"}, "exits must lie in 0..10 for a model of 12 layers, got [-1]"),
+        ({"--tokens": "100"}, "--tokens must be 128 or more, got 100"),
+    ],
+)
+def test_what_a_model_cannot_record_is_refused_before_it_runs(tmp_path, capsys, monkeypatch, options, message):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("exeunt.evaluation.tokens.tracked", lambda *args: pytest.fail("it ran"))
+    (tmp_path / "text.txt").write_text("Return the number of items in the list. " * 60)
+    given = {"--model": "small", "--data": tmp_path / "text.txt", "--exits": "5", "--out": tmp_path / "out", **options}
+    status, said = run(capsys, *(part for pair in given.items() for part in pair))
+    assert status == 2 and message in said.err and said.err.count("\n") == 1
+
+
+def test_out_must_be_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    np.savez(tmp_path / "logits.npz", logits=np.zeros((5, 3, 2)))
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        status, said = run(capsys, "--recording", tmp_path / "logits.npz", "--out", out)
+        assert status == 2 and f"--out must be a folder, got {out}: {tmp_path / 'file'} is a file\n" in said.err
+
+
 def run(capsys, *args):
     status = cli.main(["evaluate", *map(str, args)])
     return status, capsys.readouterr()

@@ -68,6 +68,13 @@ def test_estimates_stand_beside_a_live_run(model):
         live_check(tiny_llama(seed=1), told, text(2, 5))
 
 
+def test_exits_are_checked_before_the_model_runs(model):
+    layers = len(model.model.layers)
+    with pytest.raises(ValueError, match=rf"^exits must lie in 0\.\.{layers - 2} for a model of {layers} layers, got"):
+        record_tokens(model, text(), [1, 40], progress=False)
+    assert record_tokens(model, text(1), [3, 1, 3], progress=False).exits == (1, 3)
+
+
 def test_prompts_leave_something_to_predict(model):
     with pytest.raises(ValueError, match="must leave tokens to predict in rows of 16, got 16"):
         record_tokens(model, text(), EXITS, prompt=16)

@@ -11,11 +11,19 @@ pytest.importorskip("transformers", reason="attach needs transformers")
 
 import exeunt
 from encoder_zoo import CLASSES, build, rows
-from exeunt.classifier_heads import ClassifierHeads, LinearHead
+from exeunt.classifier_heads import (
+    META,
+    ClassifierHeads,
+    GlobalMaps,
+    LinearHead,
+    MetaProbe,
+    PastFutureHead,
+    PastMixHead,
+)
 from exeunt.evaluation import record
 from exeunt.evaluation.encoders import runner
 from exeunt.heads import Probe
-from exeunt.policies import FixedDepth
+from exeunt.policies import FixedDepth, Threshold
 from exeunt.recipes import Recipe
 from exeunt.replay import replay
 from exeunt.states import Drop
@@ -44,6 +52,10 @@ def setting(request, tmp_path_factory):
     return model, heads, ids, mask, recording
 
 
+def agreement(**looks):
+    return Recipe(None, exeunt.confidence.measure("agreement"), exeunt.policies.Threshold(1.0, **looks), Drop())
+
+
 RECIPES = {
     "shallow_deep": lambda: exeunt.recipes.shallow_deep(0.7),
     "act": lambda: exeunt.recipes.act(),
@@ -61,6 +73,9 @@ RECIPES = {
     "beem": lambda: exeunt.recipes.beem(1.5),
     "calm": lambda: Recipe(None, exeunt.confidence.measure("margin"), exeunt.policies.Threshold(0.5), Drop()),
     "fixed": lambda: Recipe(None, None, FixedDepth(3), Drop()),
+    "agreement": lambda: agreement(),
+    "agreement from the third exit on": lambda: agreement(min_exit=2),
+    "agreement at every second exit": lambda: agreement(interval=2),
 }
 
 
@@ -89,6 +104,68 @@ def test_replay_of_saturation_is_the_live_run(setting):
     middle = float(scores[half : half + 2].mean())  # between two scores, which random models have close together
     saturation = Recipe(None, exeunt.confidence.measure("saturation"), exeunt.policies.Threshold(middle), Drop())
     check(setting, saturation)
+
+
+def built_on_earlier(kind, width, layers):
+    """Heads at every layer, each of which reads what those before it say."""
+    torch.manual_seed(3)
+    maps, made = GlobalMaps(width, CLASSES, layers), {}
+    for e in range(layers - 1):
+        if kind == "past mix":
+            made[e] = PastMixHead(width, CLASSES, layers=e + 1, earlier=e)
+        elif kind == "past and future":
+            made[e] = PastFutureHead(width, CLASSES, layer=e, layers=layers, maps=maps)
+        else:
+            made[e] = LinearHead(width, CLASSES)
+            made[e].meta = MetaProbe(CLASSES, width, history=layers)
+    heads = ClassifierHeads(made)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return heads
+
+
+@pytest.mark.parametrize("kind", ["past mix", "past and future", "meta"])
+@pytest.mark.parametrize("policy", ["some exits", "all exits from the second on", "the most confident"])
+def test_heads_that_build_on_earlier_ones_run_at_all_of_them(kind, policy, tmp_path):
+    model = build("bert")
+    layers = model.config.num_hidden_layers
+    heads = built_on_earlier(kind, model.config.hidden_size, layers)
+    ids, mask, lengths = rows(N)
+    texts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    recording = record(
+        runner(model, heads), texts, tmp_path, exits=list(heads), layers=layers, model=model, progress=False
+    )
+    measure = META if kind == "meta" else exeunt.confidence.measure("max_prob")
+    exits = (1, 3, 4) if policy == "some exits" else tuple(heads)
+    scores = recording.scores(measure, recording.columns(exits))[:-1].flatten().sort().values
+    half = int(0.7 * len(scores))
+    value = float(scores[half : half + 2].mean())
+    more = {
+        "some exits": {},
+        "all exits from the second on": {"min_exit": 1},
+        "the most confident": {"fallback": "most_confident"},
+    }[policy]
+    recipe = Recipe(exits, measure, Threshold(value, **more), Drop(), heads)
+    told = replay(recording, recipe)
+    with exeunt.attach(model, recipe) as early, torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask).logits
+    assert told.exact and len(told.depth.unique()) > 1
+    assert torch.equal(torch.cat(early.report().exit_layers), told.depth)
+    assert torch.equal(out.argmax(1), told.label)
+
+
+def test_a_meta_probe_is_in_the_way_of_no_other_measure(tmp_path):
+    model = build("bert")
+    heads = built_on_earlier("meta", model.config.hidden_size, model.config.num_hidden_layers)
+    for e in heads:
+        heads[e].probe = Probe(model.config.hidden_size)
+        torch.nn.init.normal_(heads[e].probe.weight, std=0.3)
+    ids, mask, lengths = rows(N)
+    texts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    recording = record(runner(model, heads), texts, tmp_path, exits=list(heads), layers=6, progress=False)
+    assert set(recording.measures) == {"saturation", "probe", "meta"}
+    check((model, heads, ids, mask, recording), exeunt.recipes.berxit(0.4))
 
 
 def test_recording_belongs_to_its_model(setting, tmp_path):

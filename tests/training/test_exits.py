@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import exeunt
 from exeunt import cli
+from exeunt.calibration import fingerprints
 from exeunt.heads import DecoderLayer, ExitHead, ExitHeads, Probe, Translator
 from exeunt.models import discover
 from exeunt.training import (
     HEADS_FILE,
+    TRAINING_FILE,
     Joint,
     Objective,
     Recorded,
     Recording,
+    history,
     loop,
     objectives,
     parse,
     record,
     recording,
     select,
+    sketches,
     tokenised,
     train_exits,
 )
@@ -236,6 +241,35 @@ def test_a_model_trained_with_its_exits_learns(tmp_path, which):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reloaded.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("inf"), float("nan")])
+def test_a_learning_rate_that_learns_nothing_is_refused(tmp_path, rate):
+    with pytest.raises(ValueError, match="^learning_rate must be larger than 0 and finite, got "):
+        train_exits(tiny(), rows(3), EXITS, "kl", tmp_path, held_out={"a": rows(1)}, learning_rate=rate)
+
+
+def test_a_run_in_float32_is_not_gone_on_with_in_bfloat16(tmp_path):
+    given = {"held_out": {"a": rows(4)}, "which": "all", "batch": 24, "progress": False}
+    heads = train_exits(tiny(), rows(20), EXITS, "ce", tmp_path, steps=2, **given)
+    assert heads.metadata["bf16"] == "False"
+    with pytest.raises(ValueError, match="belongs to another run: expected bf16 False, got True$"):
+        train_exits(tiny(), rows(20), EXITS, "ce", tmp_path, steps=20, bf16=True, **given)
+
+
+def test_a_trained_model_says_on_what_and_on_what_it_was_trained_before(tmp_path):
+    assert sketches(tiny()) == [] and history(tiny()) == {}
+    model, sketched = tiny(), []
+    for name in ("first", "second"):
+        text = rows(20, length=100, seed=len(sketched))
+        heads = train_exits(model, text, EXITS, "ce", tmp_path / name, held_out={"a": rows(4)}, which="last-1", steps=2,
+                            batch=100, progress=False)  # fmt: skip
+        model = LlamaForCausalLM.from_pretrained(tmp_path / name / "model")
+        sketched.insert(0, fingerprints.sketch(text))
+        assert sketches(model) == sketched and history(model)["objective"] == heads.metadata["objective"] == "ce"
+    (tmp_path / "second" / "model" / TRAINING_FILE).write_text("[]")
+    with pytest.raises(ValueError, match=r"training\.json must say in JSON what the model was trained on"):
+        sketches(model)
+
+
 def test_objectives_are_read_and_refused():
     goal = parse("ce:sum + 0.5*kl", [1, 3])
     assert goal.terms[0].weights == {1: 1.0, 3: 1.0} and goal.terms[1].weight == 0.5
@@ -294,6 +328,19 @@ def test_command(saved, tmp_path, capsys):
     assert list(ExitHeads.load(tmp_path / "out" / HEADS_FILE, tiny().config)) == EXITS
 
 
+def test_nobody_calibrates_a_model_on_what_the_command_trained_it_on(saved, tmp_path, capsys):
+    words = random.Random(0).choices(TEXT.split(), k=9000)  # phrases of 12 words that do not recur
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    assert cli.main(command(saved, tmp_path / "out", data=tmp_path / "text.txt", train="last-1")) == 0
+    capsys.readouterr()
+    given = {"model": tmp_path / "out" / "model", "data": tmp_path / "text.txt", "out": tmp_path / "c.json", "exits": 2}
+    given |= {"level": 0.4, "prompts": 100, "prompt-tokens": 8, "tokens": 40}
+    assert cli.main(["calibrate", *(part for name, value in given.items() for part in (f"--{name}", str(value)))]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "calibration data must be apart from training data" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "c.json").exists()
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -303,12 +350,14 @@ def test_command(saved, tmp_path, capsys):
         ({"head": "some"}, "head must be translator or layer, got 'some'"),
         ({"model": "nowhere"}, "--model must be small, smollm2 or a folder with a model, got nowhere"),
         ({"data": "nowhere"}, "No such file or directory: 'nowhere'"),
+        ({"learning-rate": 0}, "learning_rate must be larger than 0 and finite, got 0"),
+        ({"out": __file__}, f"--out must be a folder, got {__file__}: {__file__} is a file"),
         ({"length": 5000}, "the data is too short"),
         ({"batch": 100000}, "the data is too short"),
     ],
 )
 def test_command_refuses_in_one_sentence(saved, tmp_path, capsys, options, sentence):
-    assert cli.main(command(saved, tmp_path / "out", **options)) == 2
+    assert cli.main(command(saved, **{"out": tmp_path / "out"} | options)) == 2
     said = capsys.readouterr().err.strip()
     assert sentence in said and len(said.splitlines()) == 1
 

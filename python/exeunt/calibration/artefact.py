@@ -21,7 +21,7 @@ from exeunt.recipes import Recipe
 
 __all__ = ["Calibration"]
 
-FORMAT = {"format": "exeunt.calibration", "version": 1}
+FORMAT = {"format": "exeunt.calibration", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Calibration:
     contract : Contract
         What they promise.
     recipe : dict
-        What else decides: exits, confidence, policy and its decay, state strategy.
+        What else decides: exits, confidence with its temperatures, policy and its decay, state strategy.
     model : dict
         :func:`exeunt.calibration.fingerprints.of_model`.
     heads : str or None
-        Digest of the exit heads, None without any.
+        :func:`exeunt.calibration.fingerprints.of_heads`, None without any.
     data : str
         Digest of the calibration data.
     created : str
@@ -199,4 +199,4 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 
 
 def _digest(recipe: Recipe) -> str | None:
-    return None if recipe.heads is None else fingerprints.of_weights(recipe.heads)
+    return None if recipe.heads is None else fingerprints.of_heads(recipe.heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Calibrated(NamedTuple):
     calibration : Calibration
         To be saved, and given to `attach`.
     threshold : float
-        inf where not even the safest candidate passed: full depth.
+        inf where not even the safest candidate passed, but full depth did.
     live : Live
         Losses and layers of the candidates that were run.
     """
@@ -77,7 +78,7 @@ def calibrate(
     texts : array
         [n, S] token ids, each drawn independently: the units. Not trained on.
     candidates : sequence of float
-        Thresholds from safe to loose, fixed before the texts were seen.
+        Thresholds from safe to loose, fixed before the texts were seen; inf is tested ahead of them in any case.
     level : float
         Risk to stay below, between 0 and 1.
     confidence : float, default 0.95
@@ -95,7 +96,8 @@ def calibrate(
     trained : iterable of str
         Sketches (:func:`exeunt.calibration.fingerprints.sketch`) of what model and heads were trained on.
     advance : callable, optional
-        Told the number of texts after each batch, at most n for full depth and for each candidate.
+        Told the number of texts after each batch: n for the model alone, and at most n for the recipe without exits
+        and for each candidate.
 
     Returns
     -------
@@ -104,7 +106,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        One sentence: too few texts for the level, texts that were trained on, candidates that do not descend.
+        One sentence: too few texts for the level, texts that were trained on, candidates that do not descend, a risk
+        that is not even kept without exits.
 
     Examples
     --------
@@ -121,20 +124,21 @@ def calibrate(
     _check(candidates, method)
     if method == "crc":
         confidence = None
+    grid = _with_full_depth(candidates)
     # Nothing is run that cannot pass: without any loss every method says how many texts would do.
-    _choose(np.zeros((len(candidates), len(x))), level, confidence, method, candidates)
+    _choose(np.zeros((len(grid), len(x))), level, confidence, method, grid)
     for known in trained:
         fingerprints.refuse_trained(x, known)
 
     def ended(losses: Array) -> bool:
-        last = _choose(losses, level, confidence, method, candidates[: len(losses)])
+        last = _choose(losses, level, confidence, method, grid[: len(losses)])
         return last != len(losses) - 1
 
     live = live_losses(
         model,
         recipe,
         x,
-        candidates,
+        grid,
         risk,
         prompt=prompt,
         tokenizer=tokenizer,
@@ -142,8 +146,9 @@ def calibrate(
         ended=ended,
         advance=advance,
     )
-    threshold, contract = _settle(live, candidates, level, confidence, method, RISK_NAMES[risk], "prompt")
-    return Calibrated(Calibration.of(model, recipe, threshold, contract, data=list(x)), threshold, live)
+    threshold, contract = _settle(live.losses, grid, level, confidence, method, RISK_NAMES[risk], "prompt")
+    calibration = Calibration.of(model, recipe, threshold, contract, data=list(x))
+    return Calibrated(calibration, threshold, _of_candidates(live, candidates))
 
 
 def calibrate_recorded(
@@ -166,7 +171,7 @@ def calibrate_recorded(
     recipe : Recipe
         With a `Threshold` policy, whose value does not matter.
     recording : Recording
-        Of examples that were not trained on, as :func:`exeunt.evaluation.record` makes it.
+        Of examples that were not trained on, as :func:`exeunt.evaluation.record` makes it; not of tokens.
     candidates, level, confidence, method
         As for :func:`calibrate`.
     risk : {"disagreement", "error"}, default "disagreement"
@@ -180,7 +185,8 @@ def calibrate_recorded(
     Raises
     ------
     ValueError
-        One sentence: too few examples, a recording of another model, a recipe for which replay is an estimate.
+        One sentence: too few examples, a recording of tokens, of another model or other exit heads, a risk that is not
+        even kept without exits.
 
     Examples
     --------
@@ -205,26 +211,37 @@ def calibrate_recorded(
         confidence = None
         if risk == "error":
             raise ValueError("method 'crc' needs losses that full depth does not have: expected risk disagreement")
-    known, own = recording.about.get("model"), fingerprints.of_model(model)
-    if known is not None and known != own:
-        raise ValueError(f"the recording belongs to another model: expected {own}, got {known}")
+        if rule.answers:
+            raise ValueError(
+                "method 'crc' needs losses that full depth does not have: expected a policy with fallback 'last', "
+                f"got {rule.fallback!r}"
+            )
+    if recording.positions is not None:
+        raise ValueError(
+            "expected a recording of examples, got one of tokens, which are not drawn independently: use calibrate()"
+        )
+    heads = None if recipe.heads is None else fingerprints.of_heads(recipe.heads)
+    for what, own in (("model", fingerprints.of_model(model)), ("heads", heads)):
+        known = recording.about.get(what)
+        if known is not None and known != own:
+            other = "another model" if what == "model" else "other exit heads"
+            raise ValueError(f"the recording belongs to {other}: expected {own}, got {known}")
     truth = recording.predicted[:, -1] if risk == "disagreement" else recording.labels
     if truth is None:
         raise ValueError("risk 'error' needs labels: expected a recording that has them, got none")
     recipe = dataclasses.replace(recipe, exits=recipe.exits or recording.exits)
-    losses, layers = [], []
-    for candidate in candidates:
+    losses, layers, grid = [], [], _with_full_depth(candidates)
+    for candidate in grid:
         policy = dataclasses.replace(rule, value=candidate)
         done = replay(recording, dataclasses.replace(recipe, policy=policy))
-        if not done.exact:
-            raise ValueError(f"replay is an estimate here ({done.why}): expected live runs, calibrate()")
         losses.append(label_disagreement(done.label, truth))
         layers.append(done.mean_layers)
     live = Live(np.stack(losses), layers)
     name = "label disagreement" if risk == "disagreement" else "1 - accuracy"
-    threshold, contract = _settle(live, candidates, level, confidence, method, name, "example")
+    threshold, contract = _settle(live.losses, grid, level, confidence, method, name, "example")
     data = recording.about.get("data") or [recording.statistics.numpy().tobytes()]
-    return Calibrated(Calibration.of(model, recipe, threshold, contract, data=data), threshold, live)
+    calibration = Calibration.of(model, recipe, threshold, contract, data=data)
+    return Calibrated(calibration, threshold, _of_candidates(live, candidates))
 
 
 def _check(candidates: Sequence[float], method: str) -> None:
@@ -234,14 +251,35 @@ def _check(candidates: Sequence[float], method: str) -> None:
         raise ValueError("candidates must be one threshold or more, got none")
 
 
+def _with_full_depth(candidates: Sequence[float]) -> Sequence[float]:
+    """The candidates behind inf, which is what comes out where none of them passes.
+
+    It is tested like them, since full depth can have losses too (against the truth; where the most confident exit
+    answers), and first: a test in fixed sequence may fall back on what it has passed, and on nothing else.
+    """
+    return candidates if candidates[0] == math.inf else (math.inf, *candidates)
+
+
+def _of_candidates(live: Live, candidates: Sequence[float]) -> Live:
+    """What was found of the candidates that the caller named."""
+    own = slice(0 if candidates[0] == math.inf else 1, None)
+    return Live(live.losses[own], live.layers[own])
+
+
 def _settle(
-    live: Live, candidates: Sequence[float], level: float, confidence: float | None, method: str, risk: str, unit: str
+    losses: Array, grid: Sequence[float], level: float, confidence: float | None, method: str, risk: str, unit: str
 ) -> tuple[float, Contract]:
     """The threshold that the losses allow, and what it promises."""
-    row = _choose(live.losses, level, confidence, method, candidates[: len(live.losses)])
-    threshold = float("inf") if row is None else float(candidates[row])
+    alone, n = float(losses[0].mean()), losses.shape[1]
+    if method == "crc" and alone > 0:
+        raise ValueError(f"method 'crc' needs losses that full depth does not have, got {alone:.3g} without any exit")
+    row = _choose(losses, level, confidence, method, grid[: len(losses)])
+    if row is None:
+        raise ValueError(
+            f"not even without any exit is {risk} shown to be at most {level:g}: it is {alone:.3g} on {n} {unit}s"
+        )
     promised = "marginal" if confidence is None else confidence
-    return threshold, Contract(risk, level, promised, live.losses.shape[1], NAMES[method], unit)  # type: ignore[arg-type]
+    return float(grid[row]), Contract(risk, level, promised, n, NAMES[method], unit)  # type: ignore[arg-type]
 
 
 def _choose(

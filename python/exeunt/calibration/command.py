@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exeunt import confidence, recipes, small_lm, terminal
+from exeunt import confidence, policies, recipes, small_lm, terminal
 from exeunt.calibration import calibrating, live
 from exeunt.calibration.calibrating import METHODS
 from exeunt.calibration.live import RISKS
@@ -44,6 +43,7 @@ docs/calibration.md says what each method promises, and how much of it is used.
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)  # of measures from 0 to 1
 GRIDS = {
     "neg_entropy": (-0.1, -0.25, -0.5, -1, -1.5, -2, -2.5, -3, -4),
+    "neg_normalized_entropy": (-0.02, -0.05, -0.1, -0.15, -0.2, -0.25, -0.3, -0.4, -0.5),
     "saturation": (0.995, 0.99, 0.98, 0.97, 0.95, 0.9),
 }
 
@@ -74,7 +74,7 @@ def add_parser(commands: Any) -> None:
         "--exits",
         type=terminal.layers,
         metavar="E,E",
-        help="layers to leave after, from 0 on (those of the heads; small: 5,7)",
+        help=f"layers to leave after, from 0 on (those of the heads; small: {','.join(map(str, small_lm.EXITS))})",
     )
     add(
         "--measure",
@@ -104,6 +104,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         text = terminal.read(args.data)  # before the model is loaded
         terminal.check_writable(args.out)
         candidates = tuple(args.candidates or GRIDS.get(args.measure, GRID))
+        measure = confidence.measure(args.measure)
+        policies.Threshold(candidates).check(measure.low, measure.high, measure.name)
         with terminal.quiet():
             model, tokenizer = terminal.load(args.model, getattr(torch, args.dtype))
             recipe, trained = _recipe(args, model, candidates[0])
@@ -112,7 +114,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             texts = live.units(ids, length, count, args.seed)
             run: dict[str, Any] = {"risk": args.risk, "prompt": args.prompt_tokens, "tokenizer": tokenizer}
             run["batch"] = args.batch
-            with terminal.progress("Decoding", args.prompts * (len(candidates) + 1)) as advance:
+            with terminal.progress("Decoding", args.prompts * (len(candidates) + 2)) as advance:
                 found = calibrating.calibrate(
                     model,
                     recipe,
@@ -147,6 +149,7 @@ def _recipe(args: argparse.Namespace, model: Any, threshold: float) -> tuple[rec
     """What is calibrated, and sketches of what model and heads were trained on."""
     from exeunt import smollm2
     from exeunt.heads import ExitHeads
+    from exeunt.training import sketches
 
     heads = None
     if args.heads is not None:
@@ -154,8 +157,7 @@ def _recipe(args: argparse.Namespace, model: Any, threshold: float) -> tuple[rec
     elif args.model == "smollm2":
         heads = smollm2.exit_heads(model)
     exits = args.exits or (small_lm.EXITS if args.model == "small" and heads is None else None)
-    told = [] if heads is None else [heads.metadata.get("sketch")]
-    folder = small_lm.FOLDER if args.model == "small" else Path(args.model)
-    if (folder / "training.json").exists():
-        told.append(json.loads((folder / "training.json").read_text()).get("sketch"))
-    return recipes.calm(exits, threshold, confidence=args.measure, heads=heads, lazy=True), [s for s in told if s]
+    told = sketches(model)
+    if heads is not None and "sketch" in heads.metadata:
+        told.append(heads.metadata["sketch"])
+    return recipes.calm(exits, threshold, confidence=args.measure, heads=heads, lazy=True), told

@@ -47,7 +47,8 @@ def conformal(
     Returns
     -------
     array
-        [E] thresholds in the floating dtype of the scores, for ``score >= threshold``; inf never exits.
+        [E] thresholds in the floating dtype of the scores, for ``score >= threshold``; inf never exits, and where
+        everything may leave it is the lowest score seen.
 
     Raises
     ------
@@ -79,7 +80,8 @@ def conformal(
     worst = np.where(c, -np.inf, s).max(1)
     if variant == "shared":
         worst = worst[~c.all(1)]
-    return np.full(exits, _above_quantile(worst, allowed))
+    # Where the quantile is that of examples without an inconsistent exit: a threshold that the measure can have.
+    return np.full(exits, max(_above_quantile(worst, allowed), s.min()))
 
 
 def _above_quantile(values: Array, level: Fraction) -> np.floating:

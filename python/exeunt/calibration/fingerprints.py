@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,15 +15,15 @@ from torch import nn
 
 from exeunt import heads
 
-__all__ = ["of_data", "of_model", "of_weights", "refuse_overlap", "refuse_trained", "sketch"]
+__all__ = ["of_data", "of_heads", "of_model", "of_weights", "refuse_overlap", "refuse_trained", "sketch"]
 
-SAMPLES = 64  # of each parameter
+SAMPLES = 64  # of each tensor
 PHRASE = 12  # tokens
 KEPT = 128  # one phrase of so many
 
 
 def of_weights(module: nn.Module) -> str:
-    """Digest of a module's parameters: shapes, dtypes and 64 evenly spaced values of each.
+    """Digest of what a module would save, parameters and buffers: shapes, dtypes and 64 evenly spaced values of each.
 
     A fraction of a second for billions of parameters, and fine-tuning changes it.
 
@@ -35,13 +36,37 @@ def of_weights(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     samples = []
-    for parameter in module.parameters():
-        flat = parameter.detach().reshape(-1)
+    for tensor in module.state_dict().values():
+        if not isinstance(tensor, torch.Tensor):  # what a quantised module keeps beside its tensors
+            continue
+        flat = tensor.detach().reshape(-1)
         samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].double())
-        digest.update(f"{list(parameter.shape)} {parameter.dtype};".encode())
+        digest.update(f"{list(tensor.shape)} {tensor.dtype};".encode())
     if samples:
         digest.update(torch.cat(samples).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def of_heads(exit_heads: heads.ExitHeads) -> str:
+    """Digest of exit heads: their weights, where they sit, and what they do with them (kinds, pooling, sizes, eps).
+
+    Examples
+    --------
+    >>> from exeunt.calibration import fingerprints
+    >>> from exeunt.classifier_heads import ClassifierHeads, LinearHead
+    >>> first, mean = (LinearHead(8, 2, pooling) for pooling in ("first", "mean"))
+    >>> _ = mean.load_state_dict(first.state_dict())
+    >>> fingerprints.of_heads(ClassifierHeads({0: first})) == fingerprints.of_heads(ClassifierHeads({0: mean}))
+    False
+    """
+    parts = {
+        name: [type(part).__name__, {
+            option: value for option, value in sorted(vars(part).items())
+            if isinstance(value, (int, float, str)) and option != "training" and not option.startswith("_")
+        }]
+        for name, part in exit_heads.named_modules()
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps([parts, of_weights(exit_heads)]).encode()).hexdigest()
 
 
 def of_model(model: Any) -> dict[str, int | str]:

@@ -49,7 +49,7 @@ def learn_then_test(
     Returns
     -------
     int or None
-        Row of ``losses``; None where not even the safest candidate passes: full depth.
+        Row of ``losses``; None where not even the safest candidate passes: full depth, if that has no loss.
 
     Raises
     ------

@@ -17,7 +17,7 @@ def first_exit(scores: ArrayLike | torch.Tensor, thresholds: ArrayLike | torch.T
     Parameters
     ----------
     scores : array
-        [n, E] confidence at each of E exits, larger is safer.
+        [n, E] confidence at each of E exits, larger is safer; infinite ones stay, as in a `Threshold` policy.
     thresholds : array
         [E], or one number for all exits.
 
@@ -33,5 +33,5 @@ def first_exit(scores: ArrayLike | torch.Tensor, thresholds: ArrayLike | torch.T
     array([1, 0, 2])
     """
     s = array("scores", scores, 2)
-    leaves = s >= np.asarray(thresholds)
+    leaves = (s >= np.asarray(thresholds)) & (s < np.inf)
     return np.where(leaves.any(1), leaves.argmax(1), s.shape[1])

@@ -21,7 +21,7 @@ from exeunt.calibration._checks import Array
 from exeunt.policies import Threshold
 from exeunt.recipes import Recipe
 
-__all__ = ["RISKS", "Live", "compared", "live_losses", "units", "until_end"]
+__all__ = ["RISKS", "Forced", "Live", "compared", "live_losses", "units", "until_end"]
 
 RISKS = {
     "next-token": "share of a text's tokens after which another one than at full depth would be said",
@@ -112,8 +112,9 @@ def live_losses(
     candidates : sequence of float
         [K] thresholds, from safe to loose.
     risk : str, default "next-token"
-        One of `RISKS`. ``next-token`` is teacher-forced: the text is fed as it is, and what would be said after each of
-        its tokens behind the prompt is compared with the model alone. The others generate greedily.
+        One of `RISKS`. ``next-token`` is teacher-forced: the text is fed as it is, token by token, and what would be
+        said after each token behind the prompt is compared with the model alone, which is fed in the same way. The
+        others generate greedily. Penalties and the like of the model's generation_config apply to both sides.
     prompt : int
         Tokens of a text that are the prompt; the rest is decoded, or as much generated.
     tokenizer : transformers tokenizer, optional
@@ -124,7 +125,7 @@ def live_losses(
         Told the losses [k, n] of the candidates so far: whether looser ones need not be run any more, because a test in
         fixed sequence has ended.
     advance : callable, optional
-        Told the number of texts after each batch: n for full depth and n for each candidate.
+        Told the number of texts after each batch: n for the model alone and n for each candidate.
 
     Returns
     -------
@@ -162,7 +163,7 @@ def live_losses(
 
     full: list[list[int]] = []
     for part in parts:
-        full += _alone(model, part, prompt) if risk == "next-token" else _says(model, part, prompt)
+        full += say(model, part, prompt)
         advance(len(part))
     losses: list[Array] = []
     layers: list[float] = []
@@ -188,23 +189,48 @@ def compared(risk: str, early: list[list[int]], full: list[list[int]], tokenizer
     return risks.rouge_l(*words) if risk == "rouge-l" else risks.bleu(*words)
 
 
-def _alone(model: Any, texts: Tensor, prompt: int) -> list[list[int]]:
-    """What the model alone would say after each token behind the prompt but the last, which nothing follows."""
-    return model(texts[:, :-1], use_cache=False).logits[:, prompt:].argmax(-1).tolist()
+class Forced:
+    """The last logits processor of a generation that has to say these texts: notes what it would have said instead.
+
+    Parameters
+    ----------
+    texts : Tensor
+        [B, S] token ids, prompts and what follows.
+
+    Attributes
+    ----------
+    words : list of Tensor
+        [B] int64, step by step: what greedy search would have taken from the scores that came.
+
+    Examples
+    --------
+    >>> import torch
+    >>> force = Forced(torch.tensor([[3, 5, 1]]))
+    >>> force(torch.tensor([[3, 5]]), torch.tensor([[0.0, 0.5, 2.0]])).argmax(-1), force.words
+    (tensor([1]), [tensor([2])])
+    """
+
+    def __init__(self, texts: Tensor) -> None:
+        self.texts = texts
+        self.words: list[Tensor] = []
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] with which nothing but the text's own next token can be said."""
+        self.words.append(scores.argmax(-1))
+        forced = torch.full_like(scores, -float("inf"))
+        return forced.scatter_(1, self.texts[:, ids.shape[1], None], 0.0)
 
 
 def _would_say(model: Any, texts: Tensor, prompt: int) -> list[list[int]]:
-    """The same for decoding steps, with whatever is attached."""
-    said: list[Tensor] = []
+    """What would be said after each token behind the prompt but the last, with whatever is attached.
 
-    def force(ids: Tensor, scores: Tensor) -> Tensor:
-        said.append(scores.argmax(-1))
-        forced = torch.full_like(scores, -float("inf"))
-        return forced.scatter_(1, texts[:, ids.shape[1], None], 0.0)
-
+    The model alone is asked in the same way, since one forward over the text rounds differently and knows nothing of
+    the processors of a generation.
+    """
+    force = Forced(texts)
     with _without_end(model):
         _generate(model, texts, prompt, logits_processor=[force])
-    return torch.stack(said[1:], 1).tolist()  # the first comes from the prompt's own forward
+    return torch.stack(force.words[1:], 1).tolist()  # the first comes from the prompt's own forward
 
 
 def _says(model: Any, texts: Tensor, prompt: int) -> list[list[int]]:

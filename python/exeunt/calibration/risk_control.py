@@ -52,7 +52,7 @@ def risk_control(
     Returns
     -------
     int or None
-        Row of ``losses``; None where not even the safest candidate passes: full depth.
+        Row of ``losses``; None where not even the safest candidate passes: full depth, if that has no loss.
 
     Raises
     ------

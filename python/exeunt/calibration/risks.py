@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +71,10 @@ def token_disagreement(early: Sequence[Sequence[int]], full: Sequence[Sequence[i
 def rouge_l(early: Sequence[str], references: Sequence[str]) -> Array:
     """1 - ROUGE-L F1 of each text against its reference (or full depth's text), by the package rouge-score.
 
+    Its own words are ASCII; here they are runs of letters, marks and digits of any script, and single characters where
+    a script has no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer). Punctuation does not count, as
+    ever.
+
     Parameters
     ----------
     early, references : sequence of str
@@ -76,7 +83,7 @@ def rouge_l(early: Sequence[str], references: Sequence[str]) -> Array:
     Returns
     -------
     array
-        [n] float64 within 0..1; words are stemmed.
+        [n] float64 within 0..1; English words are stemmed. Equal texts have no loss, even empty ones.
 
     Raises
     ------
@@ -91,12 +98,31 @@ def rouge_l(early: Sequence[str], references: Sequence[str]) -> Array:
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as missing:
         raise ImportError("rouge_l needs rouge-score: pip install exeunt[calibrate]") from missing
     _paired(early, references)
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words(DefaultTokenizer(use_stemmer=True)))
     pairs = zip(references, early, strict=True)
-    return np.array([1 - scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])
+    return np.array([0.0 if a == b else 1 - scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs])
+
+
+class _Words:
+    """rouge-score's tokenizer for any script; of ASCII text it makes the same words."""
+
+    # Thai, Lao, Burmese, Khmer; kana, bopomofo and ideographs.
+    SINGLE = re.compile(
+        "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u312f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    )
+
+    def __init__(self, ascii: Any) -> None:
+        self.ascii = ascii  # of rouge-score
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words of a text."""
+        kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
+        words = self.SINGLE.sub(r" \g<0> ", kept).split()
+        return [own for word in words for own in (self.ascii.tokenize(word) if word.isascii() else (word,))]
 
 
 def bleu(early: Sequence[str], references: Sequence[str]) -> Array:
@@ -110,7 +136,7 @@ def bleu(early: Sequence[str], references: Sequence[str]) -> Array:
     Returns
     -------
     array
-        [n] float64 within 0..1; smoothed as sacrebleu does for sentences.
+        [n] float64 within 0..1; smoothed as sacrebleu does for sentences. Equal texts have no loss, even empty ones.
 
     Raises
     ------
@@ -128,8 +154,8 @@ def bleu(early: Sequence[str], references: Sequence[str]) -> Array:
     except ImportError as missing:
         raise ImportError("bleu needs sacrebleu: pip install exeunt[calibrate]") from missing
     _paired(early, references)
-    scores = [sentence_bleu(text, [reference]).score for text, reference in zip(early, references, strict=True)]
-    return (1 - np.array(scores) / 100).clip(0, 1)  # an exact match scores 100.00000000000004
+    pairs = zip(early, references, strict=True)
+    return np.array([0.0 if a == b else 1 - sentence_bleu(a, [b]).score / 100 for a, b in pairs]).clip(0, 1)
 
 
 def _paired(early: Sequence[object], other: Sequence[object]) -> None:

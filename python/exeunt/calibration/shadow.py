@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation import GenerationMode
 
 from exeunt.calibration._checks import Array
 from exeunt.calibration.audit import Audit
 from exeunt.calibration.calibrating import RISK_NAMES
-from exeunt.calibration.live import compared, until_end
+from exeunt.calibration.live import Forced, compared, until_end
+from exeunt.calibration.risks import token_disagreement
 from exeunt.decoder import Attached
 
 __all__ = ["RISKS", "Shadow"]
@@ -26,9 +28,10 @@ class Shadow:
     the request, whose output it does not touch; with ``Audit(..., on_violation="full_depth")`` a refuted contract makes
     later requests run at full depth, and these are not looked at any more.
 
-    What is compared follows from the contract's risk: for "next-token disagreement" one forward of the model alone
-    over the finished text says what full depth would have said after each of its tokens; for the risks of generated
-    text it generates as well.
+    What is compared follows from the contract's risk: for "next-token disagreement" the model alone decodes the
+    finished text once more, and what it would have said is held against what was said, but for the first token, which
+    comes from the prompt's own forward (a request of one token shows nothing and is not looked at); for the risks of
+    generated text it generates as well. Both sides have the same options, penalties and ends.
 
     Parameters
     ----------
@@ -92,18 +95,27 @@ class Shadow:
         input_ids : Tensor
             [B, S] prompts.
         **options
-            As ``model.generate`` takes them; ``attention_mask`` for prompts of different lengths.
+            As ``model.generate`` takes them; ``attention_mask`` for prompts of different lengths. With those of the
+            model's ``generation_config`` they must come to greedy search.
 
         Returns
         -------
         Tensor
             [B, S + n] ids.
+
+        Raises
+        ------
+        ValueError
+            At any other search than a greedy one, or an output that is not ids.
         """
         model = self.early.model
-        sampled = options.get("do_sample", model.generation_config.do_sample)
-        if sampled or options.get("num_beams", 1) != 1 or options.get("return_dict_in_generate"):
-            raise ValueError("shadow runs compare greedy generations that return ids, got other options")
-        options = {"do_sample": False, "attention_mask": torch.ones_like(input_ids)} | options
+        own = {name: value for name, value in options.items() if name != "generation_config"}
+        config, _ = model._prepare_generation_config(options.get("generation_config"), **own)  # as generate does
+        mode = config.get_generation_mode(options.get("assistant_model"))
+        if mode != GenerationMode.GREEDY_SEARCH or config.return_dict_in_generate:
+            got = "a dict" if config.return_dict_in_generate else mode.value.replace("_", " ")
+            raise ValueError(f"shadow runs compare greedy generations that return ids, got {got}")
+        options = {"attention_mask": torch.ones_like(input_ids)} | options
         self.requests += len(input_ids)
         if not self.audit.exits_allowed:
             with self.early.paused():
@@ -111,22 +123,22 @@ class Shadow:
         chosen = torch.from_numpy(self._draws.random(len(input_ids)) < self.fraction)
         out: Tensor = model.generate(input_ids, **options)
         if chosen.any():
-            self.audit.observe(self._losses(input_ids[chosen], out[chosen], options, chosen))
+            again = options | {"attention_mask": options["attention_mask"][chosen], "streamer": None}
+            losses = self._losses(input_ids[chosen], out[chosen], again, config.eos_token_id)
+            self.audit.observe(losses)
         return out
 
-    def _losses(self, prompts: Tensor, said: Tensor, options: dict[str, Any], chosen: Tensor) -> Array:
+    def _losses(self, prompts: Tensor, said: Tensor, options: dict[str, Any], ends: int | list[int] | None) -> Array:
+        """Losses of the requests that have any: of what was said, against what full depth says."""
         model, start = self.early.model, prompts.shape[1]
-        mask = options["attention_mask"][chosen]
-        ends = model.generation_config.eos_token_id
         early = until_end(said[:, start:], ends)
         with self.early.paused():
-            if self.risk == "next-token":
-                mask = torch.cat((mask, torch.ones_like(said[:, start:])), 1)
-                places = (mask.cumsum(1) - 1).clamp(min=0)  # of prompts padded on the left
-                logits = model(said, attention_mask=mask, position_ids=places, use_cache=False).logits
-                alone = logits[:, start - 1 : -1].argmax(-1).tolist()
-                full = [row[: len(own)] for row, own in zip(alone, early, strict=True)]
-            else:
-                again = model.generate(prompts, **options | {"attention_mask": mask})
-                full = until_end(again[:, start:], ends)
-        return compared(self.risk, early, full, self.tokenizer)
+            if self.risk != "next-token":
+                full = until_end(model.generate(prompts, **options)[:, start:], ends)
+                return compared(self.risk, early, full, self.tokenizer)
+            force = Forced(said)
+            processors = [*(options.get("logits_processor") or ()), force]
+            model.generate(prompts, **options | {"logits_processor": processors})
+        alone = torch.stack(force.words, 1).tolist()
+        pairs = [(own[1:], words[1 : len(own)]) for own, words in zip(early, alone, strict=True) if len(own) > 1]
+        return token_disagreement(*zip(*pairs, strict=True)) if pairs else np.empty(0)

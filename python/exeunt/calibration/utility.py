@@ -34,7 +34,7 @@ def utility(
     Parameters
     ----------
     scores : array
-        [n, E] confidence of the window's requests at each of E exits, larger is safer.
+        [n, E] confidence of the window's requests at each of E exits, larger is safer; infinite ones never leave.
     consistent : array
         [n, E] whether the exit predicts what full depth does.
     layers : array
@@ -71,14 +71,16 @@ def utility(
         left = first_exit(s, trial)
         return float(depth[-1] - depth[left].mean()), float(wrong[np.arange(len(s)), left].mean())
 
-    thresholds = np.nextafter(s.max(0), np.inf)
+    finite = np.isfinite(s)
+    highest, lowest = np.where(finite, s, -np.inf).max(0), np.where(finite, s, np.inf).min(0)
+    thresholds = np.where(finite.any(0), np.nextafter(highest, np.inf), np.inf)
     steps = np.full(s.shape[1], float(step))
     saved, lost = judge(thresholds)
-    while (open_ := np.flatnonzero((steps >= smallest) & (thresholds > s.min(0)))).size:
+    while (open_ := np.flatnonzero((steps >= smallest) & (thresholds > lowest))).size:
         trials = []
         for e in open_:
             trial = thresholds.copy()
-            trial[e] -= steps[e]
+            trial[e] = max(trial[e] - steps[e], lowest[e])  # no lower than the measure goes
             outcome = judge(trial)
             if outcome[1] > max_loss:
                 steps[e] /= 2
@@ -88,4 +90,4 @@ def utility(
         if trials:
             _, e, thresholds, (saved, lost) = max(trials, key=lambda t: t[0])
             steps[e] *= 2
-    return np.where(thresholds > s.max(0), np.inf, thresholds)
+    return np.where(thresholds > highest, np.inf, thresholds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from exeunt.heads import ExitHead, ExitHeads, Probe, fingerprint
 __all__ = ["ClassifierHeads"]
 
 FILE, ABOUT = "exeunt_heads.safetensors", "exeunt_heads.json"
-FORMAT, FORMAT_VERSION = "exeunt.classifier_heads", "1"
+FORMAT, FORMAT_VERSION = "exeunt.classifier_heads", "2"
 
 
 class ClassifierHeads(ExitHeads):
@@ -109,6 +110,8 @@ class ClassifierHeads(ExitHeads):
         for name, tensor in self._heads.state_dict(keep_vars=True).items():
             names[name] = next((other for other, t in tensors.items() if t is tensor), name)
             tensors.setdefault(names[name], tensor)
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        content = safetensors.torch.save(plain)
         about = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -116,9 +119,9 @@ class ClassifierHeads(ExitHeads):
             "heads": {str(e): _described(self[e]) for e in self},
             "shared": {name: kept for name, kept in names.items() if name != kept},
             "metadata": self.metadata,
+            "digest": _digest(content),
         }
-        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        files.write(folder / FILE, safetensors.torch.save(plain))
+        files.write(folder / FILE, content)
         files.write(folder / ABOUT, json.dumps(about, indent=1).encode())
 
     @classmethod
@@ -135,24 +138,40 @@ class ClassifierHeads(ExitHeads):
         Raises
         ------
         ValueError
-            If there are no heads of this kind, or those of another model: one sentence.
+            If there are no heads of this kind, damaged ones, or those of another model: one sentence.
         """
-        import safetensors.torch
-
-        folder = Path(path)
+        folder, wanted = Path(path), {"format": FORMAT, "version": FORMAT_VERSION}
         try:
             about = json.loads((folder / ABOUT).read_text())
         except (OSError, ValueError):
-            about = {}
-        if (about.get("format"), about.get("version")) != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{folder} holds no exit heads of a classifier, expected {FILE} and {ABOUT}")
-        expected, got = about["model"], fingerprint(config)
+            about = None
+        if not isinstance(about, dict) or {name: about.get(name) for name in wanted} != wanted:
+            raise ValueError(
+                f"{folder} holds no exit heads of a classifier of version {FORMAT_VERSION}, expected {FILE} and {ABOUT}"
+            )
+        got = fingerprint(config)
+        try:
+            return cls._read(folder, about, got)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # a field is not there, or another thing
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{folder / ABOUT} is damaged: expected the fields that save writes, got {why}") from error
+
+    @classmethod
+    def _read(cls, folder: Path, about: dict[str, Any], got: dict[str, Any]) -> ClassifierHeads:
+        """The heads that a JSON file describes, for a model of the fingerprint `got`."""
+        import safetensors.torch
+
+        expected = about["model"]
         differing = [name for name in expected | got if expected.get(name) != got.get(name)]
         if differing:
             fields = "; ".join(f"{name} {expected.get(name)}, got {got.get(name)}" for name in differing)
             raise ValueError(f"{folder} holds exit heads of another model: expected {fields}")
+        content = (folder / FILE).read_bytes() if (folder / FILE).is_file() else None
+        if content is None or _digest(content) != about["digest"]:
+            what = "none" if content is None else "another or a damaged one"
+            raise ValueError(f"{folder}: expected the {FILE} that was saved with its {ABOUT}, got {what}")
         loaded = cls({int(e): _built(parts) for e, parts in about["heads"].items()}, about["metadata"])
-        tensors = safetensors.torch.load_file(folder / FILE)
+        tensors = safetensors.torch.load(content)
         loaded._heads.load_state_dict(
             {**tensors, **{name: tensors[kept] for name, kept in about["shared"].items()}}, assign=True
         )
@@ -162,11 +181,16 @@ class ClassifierHeads(ExitHeads):
         return loaded
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 KINDS = {k.__name__: k for k in (LinearHead, PoolerHead, AttentionHead, PastMixHead, PastFutureHead)}
 
 
 def _described(head: ClassifierHead) -> dict[str, Any]:
-    probe = None if head.probe is None else {"hidden_size": head.probe.hidden_size, "eps": head.probe.eps}
+    own = head.probe
+    probe = None if own is None else {"hidden_size": own.hidden_size, "eps": own.eps, "width": own.width}
     meta = None if head.meta is None else head.meta.options()
     return {"kind": type(head).__name__, "options": head.options(), "probe": probe, "meta": meta}
 

@@ -96,5 +96,6 @@ def _meta(point: ExitPoint) -> Tensor:
     return probe(point.hidden)
 
 
-#: Its answer as a confidence measure, for a recipe's ``confidence``.
-META = Confidence("meta", 0.0, 1.0, True, _meta)
+#: Its answer as a confidence measure, for a recipe's ``confidence``. No function of one exit's logits: like a probe's
+#: it is recorded, and there is none for full depth.
+META = Confidence("meta", 0.0, 1.0, False, _meta)

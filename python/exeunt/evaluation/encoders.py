@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exeunt.classifier_heads import ClassifierHeads, View
+from exeunt.classifier_heads import META, ClassifierHeads, View
 from exeunt.confidence import ExitPoint, measure
 from exeunt.models import discover_encoder
 
@@ -19,7 +19,7 @@ __all__ = ["runner"]
 def runner(
     model: Any, heads: ClassifierHeads, tokenizer: Callable[..., Mapping[str, Tensor]] | None = None
 ) -> Callable[[list[Any]], tuple[Tensor, dict[str, Tensor]]]:
-    """A function for :func:`exeunt.evaluation.record`: logits, saturations and probes of a classifier's exits.
+    """A function for :func:`exeunt.evaluation.record`: logits and other scores of a classifier's exits.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def runner(
     Returns
     -------
     callable
-        Texts, or sequences of ids -> logits [b, E + 1, C] and scores [b, E + 1], which are NaN at full depth.
+        Texts, or sequences of ids -> logits [b, E + 1, C] and scores [b, E + 1], which are NaN at full depth. Its
+        attribute ``heads`` says whose they are.
 
     Examples
     --------
@@ -67,6 +68,7 @@ def runner(
         full = out if isinstance(out, Tensor) else out.logits
         return _exits(heads, entered, inputs.get("attention_mask"), full)
 
+    run.heads = heads  # type: ignore[attr-defined]
     return run
 
 
@@ -76,7 +78,10 @@ def _exits(
     """Logits and scores of all exits from what entered each layer."""
     memory: dict[str, Tensor] = {}
     logits, nothing = [], torch.full((len(full),), torch.nan)
-    names = ["saturation", *(["probe"] if all(heads[e].probe is not None for e in heads) else [])]
+    names = [
+        "saturation",
+        *(name for name in ("probe", "meta") if all(getattr(heads[e], name) is not None for e in heads)),
+    ]
     scores: dict[str, list[Tensor]] = {name: [] for name in names}
     for layer, (before, after) in enumerate(pairwise(entered)):
         view = View(after, mask, layer, memory)
@@ -88,10 +93,10 @@ def _exits(
             logits.append(judged.logits.float())
             state, previous = head.pooled(view), head.pooled(view._replace(hidden=before))
             for name in names:
-                if name == "probe" and head.meta is not None:
+                if name == "meta":
                     state = head.meta.seen(view, judged, (layer + 1) / len(entered))
-                point = ExitPoint(state, previous, head, judged.stats)
-                scores[name].append(measure(name).score(point).float())
+                own = META if name == "meta" else measure(name)
+                scores[name].append(own.score(ExitPoint(state, previous, head, judged.stats)).float())
     found = {name: torch.stack([*values, nothing], 1) for name, values in scores.items()}
     return torch.stack([*logits, full.float()], 1), found
 

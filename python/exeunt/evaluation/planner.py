@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exeunt.attach import attach
-from exeunt.confidence import measure
+from exeunt.confidence import candidate_probe, measure
 from exeunt.evaluation.sweep import sweep
 from exeunt.heads import ExitHeads
 from exeunt.policies import At, Evidence, Oracle, Policy, State, Threshold
@@ -266,8 +266,8 @@ def plan(
     consistency : float, default 0.95
         Share of rows that have to answer as full depth does. This is no guarantee: that is what ``calibration`` is for.
     heads : ExitHeads, optional
-        Exit heads that were recorded: they go into the recipe, which can then be attached. Without them rules that ask
-        a probe are not tried.
+        Exit heads that were recorded: they go into the recipe, which can then be attached. Rules that ask probes, of
+        states or of candidates, which these lack are not tried.
     points : int, default 20
         Operating points of a recipe that are tried.
     only : callable, optional
@@ -302,18 +302,29 @@ def plan(
         for curve in sweep(choosing.only(exits), points, only=only).values():
             for tried in curve:
                 ratio = costs.ratio(tried)
-                usable = heads is not None or tried.recipe.measures != "probe"
+                usable = _probes(tried.recipe, exits, heads)
                 if usable and tried.consistency >= consistency and (best is None or ratio > best[0]):
                     best = ratio, tried
     if best is None:  # nothing is as consistent as that
         recipe = Recipe(recording.exits, measure("max_prob"), Threshold(math.inf), Drop(), heads)
     else:
         exits = best[1].recipe.exits or best[1].recording.exits
-        recipe = dataclasses.replace(best[1].recipe, exits=exits, heads=heads)
+        confidence = best[1].recipe.confidence
+        if confidence is not None and confidence.candidates is not None:  # as many of them as the probes were made for
+            assert heads is not None  # else it was not usable
+            confidence = candidate_probe(heads[exits[0]].candidates.count)  # type: ignore[union-attr]
+        recipe = dataclasses.replace(best[1].recipe, exits=exits, confidence=confidence, heads=heads)
     judged, known = replay(judging, recipe), replay(judging, Recipe(recording.exits, None, Oracle(), Drop()))
     ratio, oracle = costs.ratio(judged), costs.bound(known)
     advised = recipe if ratio > 1 + NOISE else None
     return Plan(advised, judged, ratio, oracle, _advice(advised, judged, ratio, oracle, costs))
+
+
+def _probes(recipe: Recipe, exits: tuple[int, ...], heads: ExitHeads | None) -> bool:
+    """Whether all exits have the probes that a recipe asks."""
+    part = {"probe": "probe", "candidate_probe": "candidates"}.get(recipe.measures)
+    own = [] if heads is None else [heads[e] for e in exits if e in heads]
+    return part is None or sum(getattr(head, part, None) is not None for head in own) == len(exits)
 
 
 def _exit_sets(exits: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -335,7 +346,7 @@ def _advice(advised: Recipe | None, judged: Replay, ratio: float, oracle: float,
         )
     else:
         said.append(
-            f"Leave by {recipe.measures} ({recipe.policy}) after layers {list(exits)}: expected {ratio:.2f}x of the "
+            f"Leave by {recipe.measures} ({recipe.policy}) at exits {list(exits)}: expected {ratio:.2f}x of the "
             f"stock model's speed, {judged.consistency:.1%} of answers as at full depth."
         )
     needed = costs.check / saved if saved > 0 else math.inf

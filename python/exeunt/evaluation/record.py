@@ -23,10 +23,10 @@ from exeunt.files import written
 from exeunt.replay import Recording
 from exeunt.training.recording import tracked
 
-__all__ = ["load", "of_npz", "record"]
+__all__ = ["load", "record"]
 
 CHUNK = 512  # rows of a file
-FORMAT = {"format": "exeunt.recording", "version": 1}
+FORMAT = {"format": "exeunt.recording", "version": 2}
 
 Run = Callable[[list[Any]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
@@ -49,7 +49,9 @@ def record(
     ----------
     run : callable
         ``run(units)`` of up to ``batch`` units returns their logits [b, E + 1, C] at each exit and at full depth, or
-        these and a dict of scores [b, E + 1] that logits don't give, by the name of the measure.
+        these and a dict of scores [b, E + 1] that logits don't give, by the name of the measure. If it has an attribute
+        ``heads``, as :func:`exeunt.evaluation.encoders.runner` makes it, the fingerprint of these exit heads goes
+        along, and others are refused later on.
     units : sequence
         One a row: texts, bytes, or sequences of token ids. Those that were recorded are not run again; the ones behind
         them are appended.
@@ -62,7 +64,7 @@ def record(
     model : nn.Module, optional
         A transformers model: its fingerprint goes along, and another is refused later on.
     labels : array, optional
-        [len(units)] int, the truth.
+        [len(units)] int, the truth; may also be given later, for a recording that has none.
     batch : int, default 32
         Units of a call.
     progress : bool, default True
@@ -75,7 +77,8 @@ def record(
     Raises
     ------
     ValueError
-        One sentence, if the folder holds a recording of another model, other exits or other data.
+        One sentence, before anything is run, if the folder holds a recording of another model, other exit heads, exits,
+        data or labels, or if labels are missing for what is to be appended.
     OSError
         If a chunk cannot be written; those before it are kept.
 
@@ -93,32 +96,42 @@ def record(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     digests = list(fingerprints.of_data(units))
-    about = {**FORMAT, "exits": list(exits), "layers": layers, "model": None if model is None else of_model(model)}
+    heads = getattr(run, "heads", None)
+    about = {
+        **FORMAT,
+        "exits": list(exits),
+        "layers": layers,
+        "model": None if model is None else of_model(model),
+        "heads": None if heads is None else fingerprints.of_heads(heads),
+    }
+    truth = None if labels is None else [int(label) for label in np.asarray(labels)]
+    if truth is not None and len(truth) != len(units):
+        raise ValueError(f"labels must be one for each of {len(units)} units, got {len(truth)}")
     index = folder / "recording.json"
     done: list[str] = []
+    chunks: list[int] = []
     if index.exists():
         found = _index(folder)
         _refuse_other(folder, found, about)
-        done = found["data"]
+        done, chunks = found["data"], found["chunks"]
         if done != digests[: len(done)]:
             differing = [i for i, (a, b) in enumerate(zip(done, digests, strict=False)) if a != b]
             where = f"unit {differing[0]} differs" if differing else f"it has {len(done)} units, got {len(digests)}"
             raise ValueError(f"{folder} holds a recording of other data: {where}")
-    truth = None if labels is None else np.asarray(labels, np.int64)
-    if truth is not None and len(truth) != len(units):
-        raise ValueError(f"labels must be one for each of {len(units)} units, got {len(truth)}")
+        truth = _agreed(folder, found["labels"], truth, len(units))
+        if found["labels"] is None and truth is not None:  # for what is there
+            _write_index(index, {**found, "labels": truth[: len(done)]})
 
     starts = list(range(len(done), len(units), CHUNK))
     for start in tracked(starts, "Recording", progress and bool(starts)):
         rows = list(units[start : start + CHUNK])
         parts = [_run(run, rows[k : k + batch], len(exits)) for k in range(0, len(rows), batch)]
         arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        if truth is not None:
-            arrays["labels"] = truth[start : start + CHUNK]
         with written(_chunk(folder, start)) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        done = done + digests[start : start + CHUNK]
-        _write_index(index, {**about, "data": done, "chunks": [*_chunks(folder), start]})
+        done, chunks = done + digests[start : start + CHUNK], [*chunks, start]
+        known = None if truth is None else truth[: len(done)]
+        _write_index(index, {**about, "data": done, "labels": known, "chunks": chunks})
     if not done:
         raise ValueError("a recording needs data: expected units, got none")
     return load(folder, model=model)
@@ -170,47 +183,9 @@ def load(folder: str | os.PathLike[str], *, model: Any = None) -> Recording:
         statistics=arrays.pop("statistics"),
         predicted=arrays.pop("predicted"),
         logits=arrays.pop("logits", None),
-        labels=arrays.pop("labels", None),
+        labels=None if found["labels"] is None else torch.tensor(found["labels"]),
         measures={name.removeprefix("measure "): scores for name, scores in arrays.items()},
-        about={"model": found["model"], "data": found["data"]},
-    )
-
-
-def of_npz(path: str | os.PathLike[str]) -> Recording:
-    """Recording out of an .npz file that something else wrote.
-
-    Parameters
-    ----------
-    path : path
-        With ``logits`` [n, E + 1, C] and, optionally, ``labels`` [n], ``exits`` [E] and ``layers``.
-
-    Raises
-    ------
-    ValueError
-        One sentence, if it is no such file.
-
-    Examples
-    --------
-    >>> import tempfile, numpy as np
-    >>> from exeunt.evaluation import of_npz
-    >>> with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-    ...     np.savez(file.name, logits=np.zeros((5, 3, 2)), exits=[3, 7], layers=12)
-    ...     of_npz(file.name).exits
-    (3, 7)
-    """
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError):
-        arrays = {}
-    if "logits" not in arrays:
-        raise ValueError(f"{path} must be a recording, or an .npz file with logits [n, exits + 1, classes]")
-    exits = arrays.get("exits")
-    return Recording.of_logits(
-        arrays["logits"],
-        exits=None if exits is None else [int(e) for e in exits],
-        layers=int(arrays["layers"]) if "layers" in arrays else None,
-        labels=arrays.get("labels"),
+        about={name: found[name] for name in ("model", "heads", "data")},
     )
 
 
@@ -251,7 +226,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    names = {"model": "another model", "exits": "other exits", "layers": "a model of other depth"}
+    names = {"model": "another model", "heads": "other exit heads", "layers": "a model of other depth"}
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(
@@ -260,13 +235,24 @@ def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -
             )
 
 
+def _agreed(folder: Path, known: list[int] | None, given: list[int] | None, units: int) -> list[int] | None:
+    """Labels of all units: those that are known and those that are given, which must not differ."""
+    if known is None or given is None:
+        if known is not None and units > len(known):
+            raise ValueError(f"{folder} holds a recording with labels: expected {units} labels for its units, got none")
+        return known if given is None else given
+    differing = [i for i, (a, b) in enumerate(zip(known, given, strict=False)) if a != b]
+    if differing:
+        i = differing[0]
+        raise ValueError(
+            f"{folder} holds a recording with other labels: expected {known[i]} for unit {i}, got {given[i]}"
+        )
+    return given
+
+
 def _write_index(index: Path, content: dict[str, Any]) -> None:
     with written(index) as unfinished:
         unfinished.write_text(json.dumps(content))
-
-
-def _chunks(folder: Path) -> list[int]:
-    return _index(folder)["chunks"] if (folder / "recording.json").exists() else []
 
 
 def _chunk(folder: Path, start: int) -> Path:

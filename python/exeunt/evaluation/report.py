@@ -148,9 +148,9 @@ def _about(recording: Recording) -> str:
     kind = "rows" if recording.positions is None else "tokens"
     exits = ", ".join(map(str, recording.exits))
     return (
-        f"{len(recording):,} {kind} {truth}, {recording.classes:,} classes, {recording.layers} layers, exits after "
-        f"layers {exits}. Speed is layers of the model over layers run: an upper bound for what a clock shows, which "
-        "pays for checks too (see exeunt.evaluation.plan)."
+        f"{len(recording):,} {kind} {truth}, {recording.classes:,} classes, {recording.layers} layers, exits {exits} "
+        "(0 is after the first layer). Speed is layers of the model over layers run: an upper bound for what a clock "
+        "shows, which pays for checks too (see exeunt.evaluation.plan)."
     )
 
 

@@ -126,7 +126,17 @@ def _levels(recording: Recording, name: str) -> Callable[[float], float]:
 
 
 def baselines(recording: Recording) -> dict[str, list[Replay]]:
-    """What every rule is to be compared with: fixed depths, and the oracles that bound what can be gained."""
+    """What every rule is to be compared with: fixed depths, and the oracles that bound what can be gained.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.evaluation import baselines
+    >>> from exeunt.replay import Recording
+    >>> known = baselines(Recording.of_logits(torch.randn(50, 4, 3)))
+    >>> [r.mean_layers for r in known["fixed depth"]], known["oracle, as full depth"][0].consistency
+    ([1.0, 2.0, 3.0], 1.0)
+    """
     bounds: dict[str, list[Policy]] = {
         "fixed depth": [FixedDepth(e) for e in recording.exits],
         "oracle, as full depth": [Oracle()],
@@ -140,7 +150,18 @@ def baselines(recording: Recording) -> dict[str, list[Replay]]:
 
 
 def frontier(replays: list[Replay], quality: Callable[[Replay], float]) -> list[Replay]:
-    """Those that no other beats in both layers and quality, from the fewest layers on."""
+    """Those that no other beats in both layers and quality, from the fewest layers on.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.evaluation import frontier, sweep
+    >>> from exeunt.replay import Recording
+    >>> curve = sweep(Recording.of_logits(torch.randn(200, 6, 3).cumsum(1)), points=9)["deebert"]
+    >>> best = frontier(curve, lambda r: r.consistency)
+    >>> 0 < len(best) <= len(curve)
+    True
+    """
     best: list[Replay] = []
     for r in sorted(replays, key=lambda r: (r.mean_layers, -quality(r))):
         if not best or quality(r) > quality(best[-1]):

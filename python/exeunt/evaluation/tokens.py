@@ -17,6 +17,7 @@ from exeunt.heads import ExitHead, ExitHeads
 from exeunt.models import Structure, discover
 from exeunt.replay import STATISTICS, Recording, Replay
 from exeunt.stats import ExitStats
+from exeunt.training.modules import check_exits
 from exeunt.training.recording import tracked
 
 __all__ = ["live_check", "record_tokens"]
@@ -70,7 +71,8 @@ def record_tokens(
     >>> len(recording), recording.exits, recording.limit
     (10, (1, 2), 6)
     """
-    structure, chosen = discover(model), sorted(exits)
+    structure = discover(model)
+    chosen = check_exits(exits, len(structure.layers))
     count = rows.shape[1] - prompt - 1
     if prompt < 1 or count < 1:
         raise ValueError(f"prompt must leave tokens to predict in rows of {rows.shape[1]}, got {prompt}")
@@ -109,7 +111,7 @@ def record_tokens(
         ))  # fmt: skip
     statistics, predicted, measures = zip(*parts, strict=True)
     return Recording(
-        exits=tuple(chosen),
+        exits=chosen,
         layers=len(structure.layers),
         classes=structure.weight.shape[0],
         statistics=torch.cat(statistics),

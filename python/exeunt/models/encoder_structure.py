@@ -2,7 +2,8 @@
 
 Two forwards of different batch size and length show all there is to know: in which order layers are called (ALBERT
 calls one of them twelve times), which axes of their arguments are rows and which are tokens, where the logits come
-from, and from which layer on nothing happens between one layer and the next.
+from, and from which layer on nothing happens between one layer and the next. Then each layer runs for a row alone, and
+has to give what the batch gave that row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exeunt.models.discovery import near
+from exeunt.models.families import CACHE_KEYWORDS
 from exeunt.models.structure import evaluating
 
 __all__ = ["EncoderStructure", "Layout", "discover_encoder", "encoder_in", "watched"]
@@ -21,6 +24,7 @@ __all__ = ["EncoderStructure", "Layout", "discover_encoder", "encoder_in", "watc
 ROW, PLACE = "row", "place"
 ATTENTIONS = ("eager", "sdpa")
 _SIZES = ((2, 5), (3, 7))  # rows and tokens of the two forwards
+PADDING = 2  # tokens of the last row that are padding
 
 
 @dataclass(frozen=True)
@@ -167,11 +171,14 @@ def discover_encoder(model: Any, tokens: bool = False) -> EncoderStructure:
             f"attach: expected an encoder with {' or '.join(ATTENTIONS)} attention, whose rows lie apart, "
             f"got {attention} in {name}: call set_attn_implementation('sdpa')"
         )
+    if encoder.config.is_encoder_decoder and hasattr(encoder, "decoder"):
+        raise ValueError(f"attach: expected an encoder alone, got an encoder and a decoder in {name}")
     stack = _stack(encoder, name)
     first, second = (_watch(model, encoder, stack, tokens, *size)[0] for size in _SIZES)
     layers = tuple(call.module for call in first.calls)
     if len(layers) < 2:
         raise ValueError(f"attach: expected at least two encoder layers, got {len(layers)} in {name}")
+    _check_calls(first.calls, _SIZES[0], name)
     layout = Layout()
     for a, b in zip(first.calls, second.calls, strict=True):
         for argument in a.arguments:
@@ -182,6 +189,8 @@ def discover_encoder(model: Any, tokens: bool = False) -> EncoderStructure:
     if model is not encoder:
         output, classes = first.output, first.logits.shape[-1]
     earliest = max(apart, default=0)
+    with evaluating(model):
+        _check_alone(second.calls[earliest + 1 :], layout, _SIZES[1], name)
     return EncoderStructure(
         model, encoder, layers, earliest, output, classes, _longest(encoder), layout, tokens, tuple(apart)
     )
@@ -195,6 +204,7 @@ class _Call:
     hidden: Tensor
     arguments: dict[str, Any]
     output: Tensor
+    beside: tuple[Any, ...]  # what else the layer returned
 
 
 @dataclass
@@ -225,7 +235,8 @@ def _watch(
 
     def layer_called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden, arguments = named(parameters_of(module), args, kwargs)
-        calls.append(_Call(module, hidden, arguments, first_tensor(output)))
+        beside = tuple(output[1:]) if isinstance(output, tuple) else ()
+        calls.append(_Call(module, hidden, arguments, first_tensor(output), beside))
 
     def called(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append((module, output))
@@ -237,17 +248,21 @@ def _watch(
     handles = [m.register_forward_hook(layer_called, with_kwargs=True) for m in dict.fromkeys(stack)]
     handles.append(encoder.register_forward_pre_hook(encoder_called))
     handles += [m.register_forward_hook(called) for m in model.modules() if m is not model and m not in within]
-    device = next(encoder.parameters()).device
-    ids = torch.full((batch, length), ((getattr(config, "pad_token_id", None) or 0) + 1) % config.vocab_size)
-    mask = torch.ones_like(ids)
-    mask[-1, -2:] = 0
+    device, name = next(encoder.parameters()).device, type(model).__name__
     with evaluating(model):
         try:
+            ids = torch.full((batch, length), ((getattr(config, "pad_token_id", None) or 0) + 1) % config.vocab_size)
+            mask = torch.ones_like(ids)
+            mask[-1, -PADDING:] = 0
             out = model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        except Exception as reason:  # whatever comes of a model that is called in another way
+            raise ValueError(
+                f"attach: expected a model of texts, called with input_ids and attention_mask [{batch}, {length}], "
+                f"got {_sentence(reason)} in {name}"
+            ) from reason
         finally:
             for handle in handles:
                 handle.remove()
-    name = type(model).__name__
     if len(entered) != 1:
         raise ValueError(f"attach: expected {name} to call its encoder once in a forward, got {len(entered)} calls")
     if model is encoder:
@@ -265,6 +280,56 @@ def _watch(
     if not makers:
         raise ValueError(f"attach: expected the logits of {name} to be what one of its modules returns, found none")
     return _Run(calls, logits, makers[-1]), mask.to(device)
+
+
+def _check_calls(calls: list[_Call], size: tuple[int, int], name: str) -> None:
+    """What a layer takes are states of rows and tokens, and nothing that another layer hands over beside them."""
+    for i, call in enumerate(calls):
+        shape = list(getattr(call.hidden, "shape", ()))
+        if shape[:2] != list(size) or len(shape) != 3:
+            raise ValueError(
+                f"attach: expected encoder layers that take [{size[0]}, {size[1]}, D], got {shape} in {name}"
+            )
+        made = [tensor for before in calls[:i] for tensor in before.beside if isinstance(tensor, Tensor)]
+        for argument, value in call.arguments.items():
+            if any(value is tensor for tensor in made):
+                raise ValueError(
+                    f"attach: expected encoder layers that hand on their states alone, got {argument} of layer {i} "
+                    f"from an earlier one in {name}"
+                )
+        cache = next((c for c in CACHE_KEYWORDS if call.arguments.get(c) is not None), None)
+        if cache is not None:
+            raise ValueError(
+                f"attach: expected encoder layers without a cache, got {cache} of layer {i} in {name} (a model that "
+                "generates is attached as a causal language model, with its output embedding)"
+            )
+
+
+@torch.no_grad()
+def _check_alone(calls: list[_Call], layout: Layout, size: tuple[int, int], name: str) -> None:
+    """Each layer, run for the padded row alone and without its padding, gives what the batch gave that row."""
+    last, length = size[0] - 1, size[1] - PADDING
+    for call in calls:
+        rows = torch.tensor([last], device=call.hidden.device)
+        arguments = {k: layout.pick((k,), value, rows, length, size) for k, value in call.arguments.items()}
+        layer = type(call.module).__name__
+        try:
+            got = first_tensor(call.module(call.hidden[rows, :length], **arguments))
+        except Exception as reason:
+            raise ValueError(
+                f"attach: expected encoder layers that run for some rows, got {_sentence(reason)} in {layer} of {name}"
+            ) from reason
+        if not near(got, call.output[rows, :length]):
+            raise ValueError(
+                f"attach: expected encoder layers that give a row the same without other rows and without its padding, "
+                f"got another output in {layer} of {name}"
+            )
+
+
+def _sentence(reason: Exception) -> str:
+    """The kind of an exception and the first line of what it says."""
+    first, _, _ = str(reason).partition("\n")
+    return f"{type(reason).__name__}: {first}"
 
 
 def watched(structure: EncoderStructure) -> list[tuple[tuple[int, int], Tensor, list[_Call]]]:

@@ -2,6 +2,7 @@
 
 from exeunt.training.candidates import train_candidate_probes
 from exeunt.training.exits import HEADS_FILE, train_exits
+from exeunt.training.history import TRAINING_FILE, history, sketches
 from exeunt.training.leaving import PASSED, SAID, Leaving
 from exeunt.training.loop import adamw, fit, muon, schedule
 from exeunt.training.measures import judge, summary
@@ -25,6 +26,7 @@ __all__ = [
     "HEADS_FILE",
     "PASSED",
     "SAID",
+    "TRAINING_FILE",
     "CrossEntropy",
     "Depth",
     "Distillation",
@@ -43,12 +45,14 @@ __all__ = [
     "adamw",
     "depth_weights",
     "fit",
+    "history",
     "judge",
     "muon",
     "parse",
     "record",
     "schedule",
     "select",
+    "sketches",
     "summary",
     "tokenised",
     "train_candidate_probes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from exeunt import files
 from exeunt.calibration.fingerprints import sketch
 from exeunt.heads import DecoderLayer, ExitHead, ExitHeads, Probe, Translator
 from exeunt.models import discover
+from exeunt.training.history import TRAINING_FILE, history
 from exeunt.training.loop import adamw, digest, fit, muon, processes
 from exeunt.training.measures import judge, summary
 from exeunt.training.modules import Joint, Recorded, check_exits, select
@@ -43,13 +46,15 @@ def train_exits(
     learning_rate: float | None = None,
     bf16: bool = False,
     seed: int = 0,
+    tokenizer: Any = None,
     about: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> ExitHeads:
     """Train exits and write them, with what they were trained on and how well they do, into a folder.
 
-    Called again with the same arguments it goes on where it was stopped. Several processes started by torchrun record
-    and train together.
+    Called again with the same arguments it goes on where it was stopped; where the model is trained in place, load it
+    again first: one that has been trained is another model. Several processes started by torchrun record and train
+    together.
 
     Parameters
     ----------
@@ -62,8 +67,9 @@ def train_exits(
     objective : str
         As `parse` reads it, for example ``"kl + probe"``.
     out : path
-        Folder; gets ``exits.safetensors`` and, where the model was trained, ``model/``. The checkpoint and the recorded
-        states (``states/``, which may be deleted afterwards) lie there as well.
+        Folder; gets ``exits.safetensors`` and, where the model was trained, ``model/``, which says in
+        ``training.json`` on what. The checkpoint and the recorded states (``states/``, which may be deleted afterwards)
+        lie there as well.
     held_out : Mapping[str, array]
         By name, rows like `rows` to measure on.
     which : str, default "heads"
@@ -84,6 +90,8 @@ def train_exits(
     bf16 : bool, default False
         Train the model in bfloat16 (autocast); heads alone follow the dtype of their model.
     seed : int, default 0
+    tokenizer : transformers tokenizer, optional
+        Saved beside a model that was trained.
     about : Mapping[str, str], optional
         Kept with the heads, such as the licence of the data.
     progress : bool, default True
@@ -96,25 +104,43 @@ def train_exits(
     Raises
     ------
     ValueError
-        At exits out of range, an unknown objective, too little data, or a folder of another run: one sentence.
+        At exits out of range, an unknown objective, a learning rate that is not positive, too little data, or a folder
+        of another run: one sentence.
     FloatingPointError
         At a loss that is not finite.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.training import train_exits
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> rows = torch.randint(64, (12, 9)).numpy()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     heads = train_exits(model, rows[2:], [1, 2], "kl + probe", folder, held_out={"held_out": rows[:2]}, steps=3,
+    ...                         batch=16, progress=False)
+    >>> list(heads), heads.metadata["steps"]
+    ([1, 2], '3')
     """
     structure = discover(model).trainable()
     exits = check_exits(exits, len(structure.layers))
     if head not in ("translator", "layer"):
         raise ValueError(f"head must be translator or layer, got {head!r}")
     goal = parse(objective, [*exits, len(structure.layers) - 1], sample)
+    frozen = which == "heads"
+    rate = (1e-2 if frozen else 3e-4) if learning_rate is None else learning_rate
+    if not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate must be larger than 0 and finite, got {rate:g}")
     rows, out = np.asarray(rows), Path(out)
     if not len(rows) or not held_out or not all(len(r) for r in held_out.values()):
         raise ValueError("the data is too short: there must be rows to train on and held-out ones")
     out.mkdir(parents=True, exist_ok=True)
     rank, _, wait = processes()
-    frozen, first = which == "heads", rank == 0
+    first = rank == 0
     torch.manual_seed(seed)
     probes = any(isinstance(term, ProbeLoss) for term in goal.terms)
     heads = ExitHeads({e: _head(model.config, head if frozen else None, probes) for e in exits})
-    rate = learning_rate or (1e-2 if frozen else 3e-4)
     identity = {
         "model": weights_digest(model),
         "data": digest(np.ascontiguousarray(rows, np.int64)),
@@ -125,6 +151,7 @@ def train_exits(
         "sample": sample,
         "batch": batch,
         "learning_rate": rate,
+        "bf16": bf16,
     }
     common: Any = {"steps": steps, "identity": identity, "seed": seed, "progress": progress}
     if frozen:
@@ -145,8 +172,6 @@ def train_exits(
         optimizers = muon(joint, rate) if which == "all" else adamw(joint, rate)
         outcome = fit(joint, windows, out / "checkpoint", optimizers=optimizers, **common)
         measured = {name: _measured_joint(joint, some) for name, some in held_out.items()} if first else {}
-        if first:
-            model.save_pretrained(out / "model")
     heads.metadata = {
         **(about or {}),
         **{name: str(value) for name, value in identity.items()},
@@ -158,9 +183,22 @@ def train_exits(
         "sketch": sketch(rows),
     }
     if first:
+        if not frozen:
+            _save(model, tokenizer, heads.metadata, out / "model")
         heads.save(out / HEADS_FILE, model.config)
     wait()
     return heads if first else ExitHeads.load(out / HEADS_FILE, model.config).to(structure.weight)
+
+
+def _save(model: Any, tokenizer: Any, about: dict[str, str], folder: Path) -> None:
+    """The trained model; what it was trained on comes first, so that no model lies there which does not say so."""
+    folder.mkdir(exist_ok=True)
+    before = history(model)
+    content = {**about, "before": before} if before else about
+    files.write(folder / TRAINING_FILE, json.dumps(content, indent=1).encode())
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _head(config: Any, kind: str | None, probe: bool) -> ExitHead:

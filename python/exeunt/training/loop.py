@@ -60,6 +60,14 @@ def adamw(module: nn.Module, learning_rate: float, weight_decay: float = 0.0) ->
         Its peak.
     weight_decay : float, default 0.0
         On matrices only.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import adamw
+    >>> [optimizer] = adamw(torch.nn.Linear(4, 2), 1e-3, weight_decay=0.1)
+    >>> [group["weight_decay"] for group in optimizer.param_groups]
+    [0.1, 0.0]
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -80,6 +88,14 @@ def muon(module: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> 
     learning_rate : float
         Its peak; Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
     weight_decay : float, default 0.1
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import muon
+    >>> module = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    >>> [type(optimizer).__name__ for optimizer in muon(module, 1e-3)]
+    ['Muon', 'AdamW']
     """
     layers = {id(p) for stack in module.modules() if isinstance(stack, nn.ModuleList) for p in stack.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -36,6 +36,15 @@ def judge(depths: Mapping[int, Depth], labels: Tensor | None, heads: ExitHeads |
     dict
         By depth [N] tensors: ``agrees`` (with full depth), ``margin`` of the two largest probabilities, ``nats``
         (negative log-likelihood of the label, with labels), ``probe`` (at exits that have one).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import Depth, judge
+    >>> state, head = torch.eye(3), torch.eye(3)
+    >>> depths = {1: Depth(state, state.roll(1, 0), head), 3: Depth(state, state, head)}
+    >>> judge(depths, None, None)[1]["agrees"]
+    tensor([False, False, False])
     """
     found: dict[int, dict[str, list[Tensor]]] = {depth: {} for depth in depths}
     count = len(next(iter(depths.values())).state)
@@ -75,6 +84,14 @@ def summary(judged: Iterable[dict[int, dict[str, Tensor]]]) -> dict[str, dict[st
     ------
     ValueError
         If there are no tokens.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import summary
+    >>> agrees = {1: {"agrees": torch.tensor([True, False])}, 3: {"agrees": torch.tensor([True, True])}}
+    >>> summary([agrees])
+    {'1': {'agreement': 0.5}, '3': {'agreement': 1.0}}
     """
     parts = list(judged)
     if not parts:

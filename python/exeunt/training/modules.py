@@ -168,6 +168,17 @@ def select(module: Joint, which: str) -> None:
     ------
     ValueError
         At another word, or more layers than there are.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.training import Joint, parse, select
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> joint = Joint(model, [1], parse("ce", [1, 3]))
+    >>> select(joint, "last-1")
+    >>> [p.requires_grad for p in (model.model.layers[2].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight)]
+    [False, True]
     """
     module.requires_grad_(which == "all")
     if module.heads is not None:

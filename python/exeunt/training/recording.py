@@ -124,6 +124,18 @@ def record(
         If the folder holds states of another model or other text, or lacks some of the exits.
     OSError
         If a chunk cannot be written; those before it are kept.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.training import record
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     states = record(model, torch.randint(64, (3, 9)), [1, 2], folder, progress=False)
+    ...     len(states), states.read([0, 5])[0].shape
+    (24, torch.Size([2, 3, 32]))
     """
     rows = np.asarray(rows)
     if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:

@@ -37,6 +37,14 @@ def tokenised(tokenizer: Any, texts: list[str], length: int, tokens: int | None 
     ------
     ValueError
         If the text does not fill ten rows.
+
+    Examples
+    --------
+    >>> from exeunt import small_lm
+    >>> from exeunt.training import tokenised
+    >>> train, held_out = tokenised(small_lm.load()[1], ["A text of some length. " * 40], length=16)
+    >>> train.shape[1], len(held_out) > 0
+    (17, True)
     """
     ids: list[int] = []
     for text in texts:
