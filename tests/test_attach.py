@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="attach needs transformers")
+transformers = pytest.importorskip("transformers", reason="attach needs transformers")
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StoppingCriteria
 
@@ -413,6 +413,41 @@ def test_bad_input_gets_one_sentence(model):
         attach(model, calm([1], 0.5))
     early.detach()
     attach(model, calm([1], 0.5)).detach()
+
+
+def test_what_is_no_model_or_no_recipe_gets_one_sentence(model):
+    calm = exeunt.recipes.calm
+    with pytest.raises(TypeError, match="attach: expected a model, an nn.Module, got 'gpt2'"):
+        exeunt.attach("gpt2", calm([1], 0.5))
+    for wrong in ("calm", None):
+        with pytest.raises(TypeError, match=rf"attach: expected a Recipe like .*, got {wrong!r}"):
+            exeunt.attach(model, wrong)
+    with pytest.raises(TypeError, match="calm: expected a list of exits, got 3"):
+        calm(3, 0.5)
+    with pytest.raises(TypeError, match="Threshold: expected a number, or one for each exit, got '0.5'"):
+        calm([1], "0.5")
+    with pytest.raises(TypeError, match=r"expected a state strategy of exeunt.states, got 'defer'"):
+        exeunt.recipes.free(1, state="defer")
+
+
+def memory_of_another_kind(name):
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=4, pad_token_id=0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, num_experts_per_tok=1)
+    more = {
+        "Mamba": {},
+        "MiniMax": dict(head_dim=8, num_local_experts=2, **heads),
+        "Jamba": dict(use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, num_experts=2, **heads),
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes, **more[name])
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Jamba", "MiniMax"])
+def test_layers_with_another_memory_than_keys_and_values_are_refused(name):
+    model = memory_of_another_kind(name)
+    with pytest.raises(ValueError, match="^attach: expected .*$"):
+        exeunt.attach(model, exeunt.recipes.calm([1], 0.5))
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_a_failed_attach_leaves_nothing_behind(model):

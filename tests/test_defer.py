@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -152,6 +153,44 @@ def test_nothing_runs_for_tokens_that_nobody_waits_for(model):
         assert cache.layers[0].state.waiting == 6 and cache.get_seq_length(5) == 11
         cache.layers[3].keys  # noqa: B018 (reading runs what waits, through all layers)
         assert not cache.layers[0].state.waiting and early.report().late_rows == 6 * 2 * 4
+
+
+@pytest.mark.parametrize("state", [Defer(), Recompute()], ids=str)
+@pytest.mark.parametrize("where", ["an early layer", "a late layer", "the head"])
+def test_a_step_that_fails_and_is_taken_again(model, state, where):
+    """What had run along waits again as before the step; the token that failed is cropped off and waits no more."""
+
+    def fail(*args):
+        raise RuntimeError("in the middle of a step")
+
+    runs = []
+    for failing in (False, True):
+        with exeunt.attach(model, recipe_of(state)) as early, torch.no_grad():
+            cache, logits = prefilled(model), []
+            ids = torch.randint(3, 203, (2, 10), generator=torch.Generator().manual_seed(7))
+            for t in range(10):
+                step = dict(input_ids=ids[:, t : t + 1], past_key_values=cache)
+                layers = model.model.layers
+                module = {"an early layer": layers[1].mlp, "a late layer": layers[5].mlp}.get(where, model.model.norm)
+                handle = module.register_forward_pre_hook(fail) if failing else None
+                length = cache.get_seq_length()
+                with contextlib.suppress(RuntimeError):
+                    model(**step) if failing else None
+                if failing:
+                    handle.remove()
+                    for layer in cache.layers:
+                        if layer.get_seq_length() > length:
+                            layer.crop(length - layer.get_seq_length())
+                    late = cache.layers[0].state.deferred
+                    assert not late.under_way or where == "the head"
+                    assert (late.slot < length).all()
+                before = len(early.report().exit_layers)
+                logits.append(model(**step).logits)
+                assert len(early.report().exit_layers) == before + 1
+            runs.append((torch.stack(logits), early.report().exit_layers[-1], keys_and_values(cache)))
+    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-3, atol=1e-3)
+    for a, b in zip(runs[1][2], runs[0][2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_waiting_tokens_are_bounded(model):

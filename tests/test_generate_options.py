@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -115,6 +116,102 @@ FULL_DEPTH = {
 }
 
 
+def greedy(model, recipe, given, **settings):
+    """Tokens after a prompt of nine, and the depths at which they left."""
+    with exeunt.attach(model, recipe) as early:
+        out = model.generate(**given, max_new_tokens=NEW, do_sample=False, **settings)
+    return out[:, -NEW:], torch.stack(early.report().exit_layers)
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 8])
+def test_a_prompt_in_chunks_runs_at_full_depth(model, chunk):
+    """Nine tokens: the last chunk of four, or of eight, is a single token."""
+    recipe = exeunt.recipes.calm([0], 0.0)
+    given = dict(input_ids=prompts(1)["input_ids"])  # padded, chunks of 4.57 are misplaced
+    want, depths = greedy(model, recipe, given)
+    got, own = greedy(model, recipe, given, prefill_chunk_size=chunk)
+    assert torch.equal(got, want) and torch.equal(own, depths)
+
+
+def test_a_cache_goes_on_with_a_token_that_ends_rows(model):
+    """Padding is the end's token in many models: as the last word of a prompt it ends nobody's answer."""
+    recipe, given = exeunt.recipes.calm([0, 2], 0.2), prompts()
+    end = greedy(model, recipe, given)[0][0, 4].item()
+    settings = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=end, pad_token_id=end)
+    with exeunt.attach(model, recipe) as early:
+        cache = DynamicCache()
+        first = model.generate(**given, past_key_values=cache, **settings)
+        mask = torch.cat([given["attention_mask"], torch.ones(4, first.shape[1] - 9, dtype=torch.long)], 1)
+        assert (first[:, -1] == end).any() and cache.get_seq_length() == first.shape[1] - 1
+        early.reset_report()
+        again = model.generate(
+            input_ids=first, attention_mask=mask, past_key_values=cache, output_logits=True,
+            return_dict_in_generate=True, **settings,
+        )  # fmt: skip
+        assert early.report().full_forwards == 1 and len(early.report().histogram) > 1
+    ended = (again.sequences[:, first.shape[1] :] == end).cumsum(1).bool()
+    for t, logits in enumerate(again.logits):
+        live = ~ended[:, t - 1] if t else torch.ones(4, dtype=torch.bool)
+        assert bool(logits[live].abs().sum(-1).bool().all())
+
+
+@pytest.mark.parametrize("recipe", [exeunt.recipes.calm([0, 2], 0.3, decay=4.0), exeunt.recipes.skipdecode(4, 1)])
+def test_embeddings_are_as_long_a_prompt_as_ids(model, recipe):
+    given = prompts(2)
+    embeds = {**given, "inputs_embeds": model.model.embed_tokens(given["input_ids"]).detach()}
+    del embeds["input_ids"]
+    (want, depths), (got, own) = (greedy(model, recipe, g) for g in (given, embeds))
+    assert torch.equal(got, want) and torch.equal(own, depths) and len(depths.unique()) > 1
+
+
+@pytest.mark.parametrize("state", [exeunt.states.Propagate(), exeunt.states.Propagate(lazy=True),
+                                   exeunt.states.Defer()], ids=str)  # fmt: skip
+@pytest.mark.parametrize("confidence", ["margin", "saturation"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_autocast(model, state, confidence, inside):
+    """Close to float32 as long as the words are the same; keys and values are of two dtypes."""
+    recipe = dataclasses.replace(exeunt.recipes.calm([1, 3], 0.4, confidence=confidence), state=state)
+    whole, part = (torch.autocast("cpu", torch.bfloat16, enabled=on) for on in (inside, True))
+    with whole, exeunt.attach(model, recipe) as early, part:
+        got = generate(model, output_logits=True)
+    with exeunt.attach(model, recipe):
+        want = generate(model, output_logits=True)
+    assert len(early.report().histogram) > 1
+    same = (got.sequences[:, 9:] == want.sequences[:, 9:]).all(0).cumprod(0).bool()
+    off = (torch.stack(got.logits) - torch.stack(want.logits)).abs().amax((1, 2))
+    assert int(same.sum()) >= 2 and float(off[same].max()) < 0.1 * float(torch.stack(want.logits).abs().max())
+
+
+def test_a_draft_by_the_first_layers_is_refused_before_it_starts(model):
+    model = copy.deepcopy(model)
+    plain = generate(model)
+    with exeunt.attach(model, never()):
+        with pytest.raises(ValueError, match="expected no assistant_early_exit=2, whose drafts fill"):
+            model.generate(**prompts(1), max_new_tokens=4, assistant_early_exit=2)
+        assert model.config.num_hidden_layers == 6
+    assert torch.equal(generate(model).sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("own", ["argument", "configuration"])
+def test_attentions_in_a_loop_of_ones_own_keep_it_at_full_depth(own):
+    model, ids = tiny_llama(attn_implementation="eager"), torch.tensor([[5], [6], [7]])
+    if own == "configuration":
+        model.config.output_attentions = True
+    asked = dict(output_attentions=True) if own == "argument" else {}
+    outs = []
+    for recipe in (never(), exeunt.recipes.calm([0], 0.0)):
+        with torch.no_grad(), exeunt.attach(model, recipe) as early, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            cache = model(**prompts(3), use_cache=True).past_key_values
+            outs.append(model(input_ids=ids, past_key_values=cache, **asked))
+        assert [str(w.message) for w in said if "exeunt" in str(w.message)] == [
+            "exeunt: no exits in this step: output_attentions keeps it at full depth"
+        ]
+        assert early.report().steps == 0
+    assert [a.shape for a in outs[1].attentions] == [(3, 4, 1, 10)] * 6
+    assert torch.equal(outs[1].logits, outs[0].logits)
+
+
 @pytest.mark.parametrize("option", FULL_DEPTH)
 def test_what_keeps_a_generation_at_full_depth_says_so_once(option):
     model = tiny_llama(attn_implementation="eager")
@@ -223,6 +320,22 @@ def test_lora(model):
     whole = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="margin reads the head, which must be a product"):
         exeunt.attach(peft.get_peft_model(copy.deepcopy(model), whole).eval(), early_exits())
+
+
+def test_a_batch_of_several_adapters_runs_at_full_depth(model):
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(copy.deepcopy(model), settings)
+    adapted.add_adapter("two", settings)
+    adapted.eval()
+    names = ["default", "two", "__base__", "two"]
+    plain = generate(adapted, adapter_names=names)
+    with exeunt.attach(adapted, early_exits()) as early:
+        with pytest.warns(UserWarning, match="no exits in this generation: adapter_names keeps it at full depth"):
+            got = generate(adapted, adapter_names=names)
+        assert torch.equal(got.sequences, plain.sequences) and early.report().steps == 0
+        generate(adapted)
+        assert early.report().layer_rows < early.report().full_layer_rows
 
 
 def test_weights_that_accelerate_keeps_elsewhere(model):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
+
 from exeunt.calibration import Calibration
 from exeunt.decoder import Attached
 from exeunt.encoder import AttachedEncoder
@@ -57,6 +59,8 @@ def attach(
         One sentence: a model without decoder layers or whose parts work in another way, attention or a cache that exits
         cannot use, exits outside 0..L-2, heads of another width or dtype, a model that has exits already, a
         calibration of another model, other heads or another recipe.
+    TypeError
+        For something else than a module, or than a recipe.
     ImportError
         Without transformers, or with a version of it that is not supported.
 
@@ -71,6 +75,10 @@ def attach(
     >>> early.report().histogram   # the first of the four tokens comes from the prompt's own forward
     {1: 3}
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: expected a model, an nn.Module, got {model!r}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"attach: expected a Recipe like exeunt.recipes.calm([8], 0.9), got {recipe!r}")
     if encoder_in(model) is not None:
         if isinstance(recipe.policy, WordPolicy):
             return AttachedTagger(model, recipe, calibration)

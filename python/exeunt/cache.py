@@ -276,6 +276,8 @@ class ExitCacheLayer(DynamicLayer):
         self.length = 0 if keys is None or keys.dim() < 4 else keys.shape[2]
         if self._absent is not None:
             self._absent = self._absent[:, : self.length]
+        if self.state is not None and self.state.deferred is not None:  # a step that failed has left tokens waiting
+            self.state.deferred.crop(self.length)
 
     def _check(self, own: KeyValues, rows: int) -> None:
         """Raise ValueError unless these are this layer's keys and values, one token for each of ``rows``."""

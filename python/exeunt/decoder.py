@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Attached"]
 
+_KEPT = "exeunt: no exits in this {}: {} keeps it at full depth"
+
 
 class _UnderWay(threading.local):
     """What a thread is in the middle of; a forward stays on its thread."""
@@ -69,6 +71,7 @@ class _UnderWay(threading.local):
     step: Step | None = None
     full_since: float | None = None
     cache: weakref.ref[Any] | None = None  # of the running generate
+    prompt: int = 0  # tokens that it was given, a decoder's
     paused: bool = False
     asked: str | None = None  # what the running forward is to return of every layer
 
@@ -169,19 +172,19 @@ class Attached(Plug):
 
         self._set(embedding, "forward", types.MethodType(forward, embedding))
         self._install_generate()
+        self._install_decoder(s.decoder)
         if self._graphs is not None:
             self._undo.append(self._graphs.clear)
-            self._install_decoder(s.decoder)
 
     def _install_decoder(self, module: Any) -> None:
-        """Note whether a forward is to return what layers give, which they do not while they are run in graphs."""
+        """Note whether a forward is to return what every layer gives: not all of them run, and none while in graphs."""
         stock, local, config = module.forward, self._local, self._config
 
         @functools.wraps(type(module).forward)
         def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not module:
                 return type(this).forward(this, *args, **kwargs)
-            names = ("output_hidden_states", "output_attentions")
+            names = ("output_attentions", "output_hidden_states")
             local.asked = next((n for n in names if kwargs.get(n) or getattr(config, n, False)), None)
             return stock(*args, **kwargs)
 
@@ -191,23 +194,32 @@ class Attached(Plug):
         """``generate`` with a cache of exeunt's layers, and nothing of it left behind."""
         prepare = self.model._prepare_cache_for_generation
 
-        def prepare_cache(model: Any, config: Any, kwargs: dict[str, Any], *args: Any, **named: Any) -> Any:
+        def prepare_cache(
+            model: Any, config: Any, kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+            max_cache_length: int,
+        ) -> Any:  # fmt: skip
+            given = config, kwargs, generation_mode, batch_size, max_cache_length
             if model is not self.model:  # a copy of the model: its own method
-                return type(model)._prepare_cache_for_generation(model, config, kwargs, *args, **named)
-            result = prepare(config, kwargs, *args, **named)
+                return type(model)._prepare_cache_for_generation(model, *given)
+            mode = str(getattr(generation_mode, "value", ""))
+            kept = self._limits.full_depth(mode, config)
+            result = prepare(*given)
             config.disable_compile = True  # generate's own copy; exits depend on data
-            mode = str(getattr(args[0] if args else named.get("generation_mode"), "value", ""))
-            cache, kept = kwargs.get(CACHE_KEYWORD), self._limits.full_depth(mode, config)
+            cache = kwargs.get(CACHE_KEYWORD)
             if kept is not None:
-                warnings.warn(f"exeunt: no exits in this generation: {kept} keeps it at full depth", stacklevel=4)
+                warnings.warn(_KEPT.format("generation", kept), stacklevel=4)
             if cache is None and config.use_cache is not False:  # transformers 5.0 leaves it to the first forward
                 cache = kwargs[CACHE_KEYWORD] = self._limits.default_cache(model)
             if cache is not None:
                 state = self._limits.adopted(cache, self.depth)
                 self._settle(cache)
                 self._local.cache = weakref.ref(cache)
-                state.begin_prompt(int(cache.get_seq_length()))
-                state.full_depth, state.max_length = kept is not None, config.max_length
+                length = int(cache.get_seq_length())
+                state.begin_prompt(length)
+                # What of the prompt is not in the cache may come in chunks, the last of a single token.
+                state.prompt_end = max(length + 1, self._local.prompt)
+                # config.max_length says nothing of a prompt of embeddings; the last token goes into no cache.
+                state.full_depth, state.max_length = kept is not None, max_cache_length + 1
                 state.stop_ids = None if "beam" in mode else getattr(config, "_eos_token_tensor", None)
             return result
 
@@ -217,14 +229,18 @@ class Attached(Plug):
         def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             if model is not self.model:
                 return type(model).generate(model, *args, **kwargs)
+            given = [*(kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")), *args[:1]]
+            prompt = next((t for t in given if t is not None), None)
+            self._local.prompt = 0 if prompt is None or model.config.is_encoder_decoder else prompt.shape[1]
             try:
                 return stock_generate(*args, **kwargs)
             finally:  # nothing pending outlives the generation, unless its cache is gone as well
+                self._local.prompt = 0
                 cache, self._local.cache = self._local.cache and self._local.cache(), None
                 if cache is not None:
                     self._settle(cache)
                     state = self._limits.adopted(cache, self.depth)
-                    state.full_depth, state.max_length, state.stop_ids = False, None, None
+                    state.full_depth, state.max_length, state.stop_ids, state.prompt_end = False, None, None, 1
 
         self._set(self.model, "generate", types.MethodType(generate, self.model))
 
@@ -247,12 +263,18 @@ class Attached(Plug):
         self._claim(state, cache)
         if state.deferred is not None:
             state.deferred.under_way = False  # a decoder that was called without its head says nothing at the end
-        if count != 1 or length == 0:
+        if count != 1 or length < state.prompt_end:
             state.begin_prompt(length + count)
+            if not (state.full_depth or local.paused) and self._adapters_by_row():
+                state.full_depth = True
+                warnings.warn(_KEPT.format("generation", "adapter_names"), stacklevel=2)
             if isinstance(self.recipe.policy, Adaptive) and length == 0 and not local.paused:
                 self.recipe.policy.begin(batch)
             return None
         if state.full_depth or local.paused:
+            return None
+        if local.asked == "output_attentions":
+            warnings.warn(_KEPT.format("step", "output_attentions"), stacklevel=2)
             return None
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise RuntimeError("attach: decoding with exits has no gradient: run it under torch.no_grad()")
@@ -265,6 +287,12 @@ class Attached(Plug):
         step.calls = [] if self._graphs is not None and self._graphs.ready(step, local.asked) else None
         local.step = step
         return step
+
+    def _adapters_by_row(self) -> bool:
+        """PEFT's ``adapter_names``: its hooks hold one name for each row of the batch, whichever rows are run."""
+        modules = (module for layer in self.structure.layers for module in layer.modules())
+        hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
+        return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
     def _claim(self, state: GenerationState, cache: Any) -> None:
         """From here on this recipe fills the cache; what an earlier one left pending is settled first."""
@@ -298,6 +326,14 @@ class Attached(Plug):
                 return type(this).forward(this, *args, **kwargs)
             hidden, kwargs = stock.bind(args, kwargs)
             step = self._begin(hidden, kwargs) if i == 0 else local.step
+            try:
+                return run(hidden, kwargs, step)
+            except BaseException:
+                if step is not None and step.state.deferred is not None:
+                    step.state.deferred.abandon()
+                raise
+
+        def run(hidden: Tensor, kwargs: dict[str, Any], step: Step | None) -> Any:
             if step is not None and not step.running and step.state.deferred is None:  # nobody runs what remains
                 if step.left is not None:
                     skip(step.cache.layers[i], i, LayerCall(stock, hidden, kwargs, step.take, step.seen), step)
@@ -390,7 +426,7 @@ class Attached(Plug):
         if len(layers) <= i or not isinstance(layers[i], self._cache.ExitCacheLayer):
             return arguments
         absent = layers[i].absent(new)
-        return arguments if absent is None else hide_keys(arguments, absent)
+        return arguments if absent is None else hide_keys(arguments, absent, new)
 
     def _fill(self, skipped: list[tuple[LayerCall, Tensor]]) -> KeyValues:
         """Keys and values of one skipped layer by its own code: the state strategy's, counted."""

@@ -99,6 +99,7 @@ class Deferred:
         empty = torch.zeros(0, dtype=torch.int64)
         self.slot = self.row = self.origin = self.depth = empty
         self.hidden = self.first = torch.zeros(0, 1, 0)
+        self._at_start = self._entries()
         self.company: Company | None = None
         self.under_way = self.apart = False
 
@@ -120,6 +121,7 @@ class Deferred:
     def begin(self, rows: Tensor | None, apart: bool) -> None:
         """A step begins that runs ``rows`` (None: all); the model's layers can attend ``apart``, or not."""
         self.company, self.under_way, self.apart = None, True, apart
+        self._at_start = self._entries()
         for stale in self._calls.keys() - set(self.slot.tolist()):
             del self._calls[stale]
             self._seen.pop(stale, None)
@@ -127,6 +129,11 @@ class Deferred:
             started = self._of(rows)
             self.depth = torch.where(started, -1, self.depth)
             self.hidden = torch.where(started[:, None, None], self.first, self.hidden)
+
+    def abandon(self) -> None:
+        """A step has failed: what waits is what waited when it began, and has run no layer since."""
+        self._hold(self._at_start)
+        self.company, self.under_way = None, False
 
     def gather(self, layer: int, rows: Tensor | None) -> None:
         """From ``layer`` on, those of ``rows`` (None: all) that wait for it run along."""
@@ -197,6 +204,10 @@ class Deferred:
             order = places.argsort(stable=True)  # ascending by slot, as before
             self._keep(places[order])
             self.row = now[order]
+
+    def crop(self, length: int) -> None:
+        """The cache holds ``length`` tokens; later ones are gone."""
+        self._keep((self.slot < length).nonzero()[:, 0])
 
     def _entries(self) -> list[Tensor]:
         return [self.slot, self.row, self.origin, self.depth, self.hidden, self.first]

@@ -229,7 +229,9 @@ class ExitPoints:
         asking = [r for r in (step.rows, None if step.logits is not None else step.left) if r is not None and r.numel()]
         if asking:
             rows = torch.cat(asking)
-            out[rows] = stock(normed[rows])[:, 0]
+            own = stock(normed[rows])[:, 0]
+            out = out.to(own.dtype)  # under autocast the head's is not that of the states
+            out[rows] = own
             step.report.head_reads += 1
         return out[:, None]
 

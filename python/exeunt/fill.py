@@ -48,7 +48,8 @@ def fill_in(
     if state is None or not owing:
         return 0
     stack = None if weights is None else weights.current()
-    if stack is None or weights is None:
+    # Under autocast keys and values are of other dtypes than the weights, and need not even agree with each other.
+    if stack is None or weights is None or any(t.dtype != stack.dtype for i in owing for t in layers[i].storage):
         for i in owing:
             layers[i].settle()
         return 0

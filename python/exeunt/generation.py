@@ -64,8 +64,10 @@ class GenerationState:
         Prompt and new tokens together, as ``generate`` bounds them.
     full_depth : bool
         No exits at all (assisted decoding checks its drafts at full depth).
+    prompt_end : int
+        Cache length from which on forwards of one token are decoding steps.
     prompt_length : int
-        Cache length after the last forward of more than one token.
+        Cache length after the last forward that was no decoding step.
     exited : bool
         Whether a token has left early since then. Until one has, the generation runs as the stock model does, to the
         bit: rows that have ended stay in the batch too, since products round differently in a smaller one.
@@ -87,6 +89,7 @@ class GenerationState:
     stop_ids: Tensor | None = None
     max_length: int | None = None
     full_depth: bool = False
+    prompt_end: int = 1
     prompt_length: int = 0
     exited: bool = False
     finished: Tensor | None = None
@@ -97,7 +100,7 @@ class GenerationState:
     table: KVCache | None = None
 
     def begin_prompt(self, length: int) -> None:
-        """A forward of several tokens ends with ``length`` tokens in the cache."""
+        """A forward of the prompt, or of several tokens, ends with ``length`` tokens in the cache."""
         self.prompt_length, self.exited, self.finished = length, False, None
 
     def feed(self, ids: Tensor | None) -> None:

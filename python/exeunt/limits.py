@@ -38,7 +38,15 @@ def check_model(model: Any) -> None:
 
 
 def full_depth(mode: str, config: Any) -> str | None:
-    """What keeps a generation of this mode and configuration at full depth, if anything does."""
+    """What keeps a generation of this mode and configuration at full depth, if anything does.
+
+    ValueError for a draft by the model's own first layers: it fails, and leaves the model's configuration changed.
+    """
+    if getattr(config, "assistant_early_exit", None) is not None:
+        raise ValueError(
+            f"attach: expected no assistant_early_exit={config.assistant_early_exit}, whose drafts fill a cache of the "
+            "first layers alone: leave it out, or detach"
+        )
     if mode in ("assisted_generation", "contrastive_search", "dola_generation"):
         return mode.replace("_", " ")
     if config.output_attentions:

@@ -43,13 +43,16 @@ Run on transformers {versions}; versions before 4.57 and from 6 on are refused. 
 | `output_scores`, `output_logits` | works; of a row that left, the logits of its exit |
 | `output_hidden_states` | works; a row that left stands still from its exit on |
 | eager, sdpa and exeunt attention; bfloat16, float16 | works; any other attention is refused at attach |
-| `output_attentions` | full depth, with a warning |
+| `output_attentions`, in a loop of your own too | full depth, with a warning |
 | prompt lookup, assisted decoding, contrastive search, DoLa | full depth, with a warning |
+| `assistant_early_exit` | refused as `generate` starts |
+| `prefill_chunk_size`, a cache that goes on | works; the prompt runs at full depth, its last token too |
 | `use_cache=False` | full depth, with a warning |
 | `cache_implementation` static, quantized, offloaded; `past_key_values` of such a kind | refused before anything runs |
 | `cache_implementation="dynamic"`, sliding windows | works; tokens that have left the window stay in memory |
 | automatic compilation | off while attached: exits depend on data |
 | PEFT adapters in the layers | works; on the output embedding, measures that read the head are refused |
+| PEFT's `adapter_names`, other adapters for each row | full depth, with a warning |
 | accelerate's offloading of layers | works; of the output embedding, measures that read the head are refused |
 | `copy.deepcopy`, `pickle`, `torch.save`, `save_pretrained` | the copy is a stock model without exits |
 | training mode, gradients through a decoding step | refused |

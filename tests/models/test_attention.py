@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="models are transformers models")
+transformers = pytest.importorskip("transformers", reason="models are transformers models")
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -79,7 +79,7 @@ def masks(model, mask, new, **given):
 @pytest.mark.parametrize("hole", [False, True], ids=["padding", "hole"])
 @pytest.mark.parametrize("name", ["llama", "mistral, sliding window"])
 def test_chunks_and_holes(name, new, hole):
-    """A padded row's range serves; what is not one range of keys is torch's own."""
+    """A padded row's range serves; what is not one range of keys is torch's own, as several tokens' windows are."""
     eager, ours = pair(name)
     mask = torch.ones(3, 14, dtype=torch.long)
     mask[1, :4] = 0
@@ -90,7 +90,7 @@ def test_chunks_and_holes(name, new, hole):
     got = masks(ours, mask, new)
     attention.counting(None)
     torch.testing.assert_close(got, masks(eager, mask, new), rtol=1e-4, atol=1e-4)
-    assert bool(counter["torch: a mask that is not one range of keys"]) is hole
+    assert bool(counter["torch: a mask that is not one range of keys"]) is (hole or name != "llama")
 
 
 def test_a_static_cache_is_longer_than_what_is_in_it():
@@ -125,6 +125,55 @@ def test_training_and_dropout_are_torchs_own():
         model(ids, labels=ids).loss.backward()
     for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+
+
+def with_sinks(implementation):
+    """GPT-OSS: every head has a sink, every other layer a window."""
+    config = transformers.GptOssConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, sliding_window=8, attn_implementation=implementation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("why", ["gradients", "autocast", "float64", "no kernel"])
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding window", "gemma2", "sinks"])
+def test_torchs_own_attention_keeps_windows_and_sinks_without_padding(name, why, monkeypatch):
+    """A prompt of many tokens, one of few, a chunk and a step: masks that say nothing, since the layer knows."""
+    implementations = "eager", exeunt.register_attention()
+    models = [with_sinks(i) for i in implementations] if name == "sinks" else pair(name)
+    if name == "sinks" and why == "float64":
+        pytest.skip("its experts have no float64")
+    ids, found = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(2)), []
+    if why == "no kernel":
+        monkeypatch.setattr(attention, "_unable", lambda *args: why)
+    for model in models:
+        model = model.double() if why == "float64" else model
+        kind = torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast")
+        with torch.set_grad_enabled(why == "gradients"), kind:
+            parts = []
+            for lengths in ((attention.FEW + 4, 3, 1), (attention.FEW - 4, 3, 1)):
+                cache, done = transformers.DynamicCache(), 0
+                for count in lengths:
+                    parts.append(model(ids[:, done : done + count], past_key_values=cache).logits.float().detach())
+                    done += count
+        found.append(torch.cat(parts, 1))
+    off, tolerance = (found[0] - found[1]).abs(), 0.05 if why == "autocast" else 1e-4
+    # Experts that rounding chooses differently are not attention's: most tokens are what counts there.
+    most = off.amax(-1).median() if why == "autocast" else off.max()
+    assert most <= tolerance * found[0].abs().max()
+
+
+def test_softcap_has_neither_dropout_nor_sinks():
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    exeunt.register_attention()
+    with pytest.raises(NotImplementedError, match="expected neither dropout nor sinks beside softcap, got dropout=0.5"):
+        ALL_ATTENTION_FUNCTIONS["exeunt"](torch.nn.Module(), query, key, value, None, dropout=0.5, softcap=20.0)
 
 
 def test_an_encoder_attends_both_ways():
@@ -171,7 +220,28 @@ def test_under_attach_it_gives_what_stock_attention_gives(name, state):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=2e-3, atol=2e-3)
     served, all_calls = report.attention["ragged_attention"], sum(report.attention.values())
     assert "calls by ragged_attention" in str(report)
-    assert served == all_calls if not isinstance(state, Evict) else served > 0  # Evict's holes are masks
+    prompts = zoo.LAYERS if name in BOUNDED else 0  # longer than the window
+    assert served >= all_calls - prompts if not isinstance(state, Evict) else served > 0  # Evict's holes are masks
+
+
+@pytest.mark.parametrize("padding", [0, 2], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding window"])
+def test_several_tokens_after_evictions_are_causal_and_keep_the_window(name, padding):
+    found, ids = [], torch.randint(3, 90, (2, 15), generator=torch.Generator().manual_seed(6))
+    for implementation in ("eager", "sdpa", exeunt.register_attention()):
+        model, mask = zoo.make(name, attn_implementation=implementation), torch.ones(2, 15, dtype=torch.long)
+        mask[1, :padding] = 0
+        position = (mask.cumsum(-1) - 1).clamp_min(0)
+        with attached(model, Evict()) as early, torch.no_grad():
+            cache, done, logits = transformers.DynamicCache(), 0, []
+            for count in (4, 1, 1, 1, 1, 1, 1, 4, 1):
+                here = slice(done, done := done + count)
+                given = dict(attention_mask=mask[:, :done], position_ids=position[:, here])
+                logits.append(model(ids[:, here], past_key_values=cache, **given).logits[:, -1])
+        assert len(early.report().histogram) > 1
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("state", [Propagate(), Defer()], ids=str)

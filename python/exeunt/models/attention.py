@@ -9,8 +9,9 @@ a tensor over keys::
     None           all keys, as ever
 
 Integers, so that nobody takes it for a mask of the other kinds: int64 where a token sees none after it, int32 where
-all see each other (some layers say ``is_causal`` for the masks that they know alone). Prompts of more than a few tokens
-are torch's own business: scaled_dot_product_attention with the mask of stock transformers.
+all see each other (some layers say ``is_causal`` for the masks that they know alone). A sliding window is part of the
+range where one token attends; where several do and their windows differ, and for prompts of more than a few tokens,
+the mask is that of stock transformers and attention is torch's own: scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -102,15 +103,12 @@ def is_ranges(mask: Any) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.dtype in (torch.int64, torch.int32)
 
 
-def spelled_out(ranges: Tensor, keys: int, count: int = 1, window: int | None = None) -> Tensor:
+def spelled_out(ranges: Tensor, keys: int, count: int = 1) -> Tensor:
     """[B, 1, count or 1, keys] bool of what each row's last ``count`` tokens see, True is seen."""
     at = torch.arange(keys, device=ranges.device)
     seen = (at >= ranges[..., -2:-1]) & (at < ranges[..., -1:])
-    if ranges.dtype == torch.int64 and (count > 1 or window is not None):
-        place = ranges[..., -1:] - torch.arange(count, 0, -1, device=ranges.device)[:, None]
-        seen = seen & (at <= place)
-        if window is not None:
-            seen = seen & (at > place - window)
+    if ranges.dtype == torch.int64 and count > 1:
+        seen = seen & (at <= ranges[..., -1:] - torch.arange(count, 0, -1, device=ranges.device)[:, None])
     return seen
 
 
@@ -134,7 +132,7 @@ def attend_apart(mask: Any, rows: Tensor, ends: Tensor, seen: Tensor) -> Tensor 
         [n, 1, 1, 3] int64; None if the mask is of another form.
     """
     if mask is None:
-        starts = torch.zeros_like(ends)
+        starts = ends - seen
     elif is_ranges(mask):
         starts = mask[:, 0, 0, -2] + (ends - seen)
     else:
@@ -167,11 +165,14 @@ def _mask(
     if kind is not None and q_length <= FEW and not own and not torch.compiler.is_compiling():
         end = kv_length if kind == "bidirectional" else int(placed.get("q_offset", q_offset)) + q_length - kv_offset
         first, last = _padding(attention_mask, kv_offset, end, batch_size)
-        if first is None and end == kv_length:
+        start = 0 if kind == "bidirectional" else max(end - (kwargs.get("local_size") or end), 0)
+        if first is None and end == kv_length and start == 0:
             return None
-        if first is None:  # a cache that is longer than what is in it
+        if first is None:  # a window, or a cache that is longer than what is in it
             first, last = torch.tensor([[0], [end]], device=kwargs.get("device")).expand(2, batch_size)
-        if last is not None and (kind == "bidirectional" or bool((last == end).all())):
+        one = start == 0 or q_length == 1  # several tokens have windows that differ
+        if one and last is not None and (kind == "bidirectional" or bool((last == end).all())):
+            first = first.clamp_min(start)
             ranges = torch.stack((first, last), -1)[:, None, None]
             return ranges if kind == "causal" else ranges.int()
     stock: Any = eager_mask if own else sdpa_mask
@@ -191,7 +192,7 @@ def _own_attention(config: Any) -> bool:
 
 
 def _kind(mask_function: Any) -> str | None:
-    """``causal`` (with or without a window, which the layer knows), ``bidirectional``, or None for other patterns."""
+    """``causal`` (with or without a window), ``bidirectional``, or None for other patterns."""
     from transformers import masking_utils as stock
 
     if mask_function is stock.causal_mask_function:
@@ -237,26 +238,22 @@ def _attend(
     """What transformers asks of an attention implementation: [B, q, Hq, Dv] of ``query`` [B, Hq, q, Dh]."""
     if attention_mask is not None and not is_ranges(attention_mask):  # StableLM's of 5.0 has a column too many
         attention_mask = attention_mask[..., : key.shape[2]]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     reason = _unable(query, key, value, attention_mask, dropout, kwargs)
     if _counting.here is not None:
         _counting.here["ragged_attention" if reason is None else f"torch: {reason}"] += 1
     if reason is None:
         attention = ops.ragged_attention
-    elif kwargs.get("softcap") is not None:  # which torch's attention has not
-        attention = reference.ragged_attention
-    else:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        if is_ranges(attention_mask):
-            if attention_mask.shape[-1] == 3:  # rows of the cache as it lies
-                key, value = (t.index_select(0, attention_mask[:, 0, 0, 0]) for t in (key, value))
-            attention_mask = spelled_out(attention_mask, key.shape[2], query.shape[2], kwargs.get("sliding_window"))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    elif kwargs.get("softcap") is None:
+        return _by_torch(module, query, key, value, attention_mask, causal, dropout=dropout, scaling=scaling, **kwargs)
+    elif dropout or kwargs.get("s_aux") is not None:
+        raise NotImplementedError(
+            f"attention: expected neither dropout nor sinks beside softcap, got dropout={dropout}"
         )
+    else:  # which torch's attention has not
+        attention = reference.ragged_attention
     batch, heads, count, _ = query.shape
     device, length = query.device, key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if count > FEW and attention_mask is None and causal:
         length = count  # a prompt, which may be for a cache with more room
     rows, starts, ends = torch.arange(batch, device=device), None, torch.full((batch,), length, device=device)
@@ -273,10 +270,35 @@ def _attend(
         bias = bias.expand(batch, heads, count, -1).transpose(1, 2).flatten(0, 1)
     out = attention(
         query.transpose(1, 2).flatten(0, 1), key, value, torch.arange(0, batch * count + 1, count, device=device),
-        rows, ends, kv_start=starts, causal=causal, window=kwargs.get("sliding_window") if causal else None,
-        softcap=kwargs.get("softcap"), scale=scaling, bias=bias,
+        rows, ends, kv_start=starts, causal=causal, softcap=kwargs.get("softcap"), scale=scaling, bias=bias,
     )  # fmt: skip
     return out.view(batch, count, heads, -1), None
+
+
+def _by_torch(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, **kwargs: Any
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The same by torch's ``scaled_dot_product_attention``, where ranges and sinks have to be a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    count, sinks = query.shape[2], kwargs.get("s_aux")
+    if mask is None and causal:
+        end = count if count > FEW else key.shape[2]  # a prompt may be for a cache with more room
+        if 1 < count < end or sinks is not None:  # torch takes several queries without a mask for a prompt
+            mask = torch.tensor([0, end], device=query.device)[None, None, None]
+    if is_ranges(mask):
+        if mask.shape[-1] == 3:  # rows of the cache as it lies
+            key, value = (t.index_select(0, mask[:, 0, 0, 0]) for t in (key, value))
+        mask = spelled_out(mask, key.shape[2], count)
+    if sinks is not None:  # one more key with the sink's logit and without a value: it takes its share, gives nothing
+        if mask is None or mask.dtype == torch.bool:
+            hidden = query.new_zeros(1, 1, 1, key.shape[2])
+            mask = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
+        sink = sinks.to(mask.dtype).view(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        mask = torch.cat((mask.expand(*query.shape[:3], -1), sink), -1)
+        key, value = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (key, value))
+    causal = causal and mask is None and count > 1
+    return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **kwargs)
 
 
 def _unable(

@@ -59,14 +59,21 @@ def discover(model: Any) -> Structure:
             raise ValueError(
                 f"attach: expected decoder layers that take a cache, got {type(layer).__name__} which does not"
             )
-    with torch.no_grad(), evaluating(model):
-        trace = _trace(model, decoder, stack, head)
-        form = _head_form(model, head, trace)
-        batched = _batched(model, trace.layers)
-        _check_layers(model, trace, batched)
-        # A dropout in the tail does nothing while the model is evaluated.
-        tail = tuple(m for m in trace.tail if not isinstance(m, nn.Dropout))
-        norm = _final_norm(tail, head.weight)
+    try:
+        with torch.no_grad(), evaluating(model):
+            trace = _trace(model, decoder, stack, head)
+            form = _head_form(model, head, trace)
+            batched = _batched(model, trace.layers)
+            _check_layers(model, trace, batched)
+            # A dropout in the tail does nothing while the model is evaluated.
+            tail = tuple(m for m in trace.tail if not isinstance(m, nn.Dropout))
+            norm = _final_norm(tail, head.weight)
+    except (LookupError, RuntimeError, TypeError, AttributeError) as failed:
+        said = str(failed).partition("\n")[0]
+        raise ValueError(
+            f"attach: expected {name} to run made-up tokens, row by row, with no other memory than keys and values, "
+            f"got {type(failed).__name__}: {said}"
+        ) from failed
     return Structure(model, decoder, trace.layers, tail, norm, head, form, batched)
 
 

@@ -289,7 +289,7 @@ def _pick_cross(cache: Any, rows: Tensor) -> Any:
     return both
 
 
-def hide_keys(arguments: dict[str, Any], absent: Tensor) -> dict[str, Any]:
+def hide_keys(arguments: dict[str, Any], absent: Tensor, new: int) -> dict[str, Any]:
     """Arguments of a layer with some keys of some rows hidden from attention.
 
     Parameters
@@ -298,16 +298,18 @@ def hide_keys(arguments: dict[str, Any], absent: Tensor) -> dict[str, Any]:
         What the model gave the layer.
     absent : Tensor
         [B, K] bool: keys that the layer must not see.
+    new : int
+        How many tokens attend to them, the last ones.
     """
     hidden, count = absent[:, None, None, :], absent.shape[1]
     changed = dict(arguments)
     for name in KEY_WISE:
         value = arguments.get(name)
+        if name == "attention_mask" and value is None:  # torch's own attention and exeunt's do without
+            value = torch.tensor([0, count], device=absent.device)[None, None, None]
         if is_ranges(value):
-            value = spelled_out(value, count)
-        if name == "attention_mask" and value is None:
-            changed[name] = ~hidden  # only torch's own attention does without a mask: True is seen there
-        elif isinstance(value, Tensor) and value.dim() == 4 and value.shape[-1] >= count:
+            value = spelled_out(value, count, new)
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[-1] >= count:
             value = value[..., :count]  # some families' masks are longer than the keys
             changed[name] = torch.where(hidden, _masked(value), value)
     return changed

@@ -91,6 +91,8 @@ class Threshold(Policy):
     fallback: Literal["last", "most_confident"] = "last"
 
     def __post_init__(self) -> None:
+        if isinstance(self.value, str):
+            raise TypeError(f"Threshold: expected a number, or one for each exit, got {self.value!r}")
         if not isinstance(self.value, (int, float)):
             object.__setattr__(self, "value", tuple(float(v) for v in self.value))
         if self.min_exit < 0:

@@ -77,6 +77,8 @@ def calm(
         if heads is None:
             raise ValueError("calm: give exits, or heads that have them, got neither")
         exits = heads
+    if isinstance(exits, int):
+        raise TypeError(f"calm: expected a list of exits, got {exits}")
     policy = Threshold(threshold, None if decay is None or as_code else Decay(decay, length))
     return Recipe(tuple(sorted(exits)), measure(confidence), policy, Propagate(lazy), heads)
 

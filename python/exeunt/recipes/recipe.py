@@ -52,6 +52,8 @@ class Recipe:
     heads: ExitHeads | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.state, TokenState | Drop | Freeze):
+            raise TypeError(f"expected a state strategy of exeunt.states, got {self.state!r}")
         if "score" in self.policy.needs and self.confidence is None:
             raise ValueError(f"{type(self.policy).__name__} reads a score: expected a confidence measure, got none")
         if self.exits is None:
