@@ -178,7 +178,8 @@ class ExitStatsEpilogue {
   }
 
   __device__ float tail(float raw) const {
-    if (p_.softcap <= 0.0f || isinf(raw)) return raw * (p_.scale / p_.temperature);  // infinite: it is to flag its row
+    const bool finite = raw - raw == 0.0f;  // else it is to flag its row
+    if (p_.softcap <= 0.0f || !finite) return raw * (p_.scale / p_.temperature);
     return tanhf(raw * (p_.scale / p_.softcap)) * (p_.softcap / p_.temperature);
   }
 
