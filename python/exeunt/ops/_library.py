@@ -13,7 +13,7 @@ _lib = torch.library.Library("exeunt", "DEF")
 def define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any], inputs: int = 1) -> None:
     """Register ``exeunt::name``: one forward for every device, a fake for tracing, a sentence instead of a gradient.
 
-    The first ``inputs`` arguments are those that may require a gradient; of others, weights, one is not looked at.
+    It is said of the first ``inputs`` arguments, the states; whether weights require a gradient nobody asks.
     """
 
     names = [part.rpartition(" ")[2] for part in schema[1:].split(")")[0].split(",")[:inputs]]
