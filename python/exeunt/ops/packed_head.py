@@ -94,9 +94,9 @@ class PackedHead:
                 if self.scale is not None:
                     rows = rows.float()
                     scale = rows.abs().amax(1) / 127
-                    finite = scale.isfinite()
-                    self.scale[start : start + len(rows)] = scale.where(finite, torch.nan)
-                    rows = (rows / scale.clamp_min(1e-38)[:, None]).round().where(finite[:, None], 0)
+                    self.scale[start : start + len(rows)] = scale
+                    rows = (rows / scale.clamp_min(1e-38)[:, None]).round()
+                    rows[~scale.isfinite()] = 0  # times such a scale: NaN, which flags who meets it
                 packed = in_tiles(rows.to(self.dtype), turned)
                 self.data[start // _TILE :][: len(packed)] = packed
 
