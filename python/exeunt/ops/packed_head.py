@@ -96,7 +96,7 @@ class PackedHead:
                     scale = rows.abs().amax(1) / 127
                     self.scale[start : start + len(rows)] = scale
                     rows = (rows / scale.clamp_min(1e-38)[:, None]).round()
-                    rows[~scale.isfinite()] = 0  # times such a scale: NaN, which flags who meets it
+                    rows[~scale.isfinite()] = 0  # NaN is no int8; times such a scale it flags who meets it
                 packed = in_tiles(rows.to(self.dtype), turned)
                 self.data[start // _TILE :][: len(packed)] = packed
 
