@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from exeunt.models.families import CACHE_KEYWORD, CACHE_KEYWORDS, LOGIT_BIAS, LOGIT_SCALES, SOFTCAP
 from exeunt.models.layer_call import KeyValues, LayerCall, LayerFunction, RowTaker, own_cache, stand_in
-from exeunt.models.structure import FinalNorm, HeadForm, Structure, eps_of, evaluating
+from exeunt.models.structure import FinalNorm, HeadForm, Structure, eps_of, evaluating, told
 
 __all__ = ["discover", "near", "trial_forward"]
 
@@ -69,10 +69,9 @@ def discover(model: Any) -> Structure:
             tail = tuple(m for m in trace.tail if not isinstance(m, nn.Dropout))
             norm = _final_norm(tail, head.weight)
     except (LookupError, RuntimeError, TypeError, AttributeError) as failed:
-        said = str(failed).partition("\n")[0]
         raise ValueError(
             f"attach: expected {name} to run made-up tokens, row by row, with no other memory than keys and values, "
-            f"got {type(failed).__name__}: {said}"
+            f"got {told(failed)}"
         ) from failed
     return Structure(model, decoder, trace.layers, tail, norm, head, form, batched)
 

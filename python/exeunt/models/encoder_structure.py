@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from exeunt.models.discovery import near
 from exeunt.models.families import CACHE_KEYWORDS
-from exeunt.models.structure import evaluating
+from exeunt.models.structure import evaluating, told
 
 __all__ = ["EncoderStructure", "Layout", "discover_encoder", "encoder_in", "watched"]
 
@@ -258,7 +258,7 @@ def _watch(
         except Exception as reason:  # whatever comes of a model that is called in another way
             raise ValueError(
                 f"attach: expected a model of texts, called with input_ids and attention_mask [{batch}, {length}], "
-                f"got {_sentence(reason)} in {name}"
+                f"got {told(reason)} in {name}"
             ) from reason
         finally:
             for handle in handles:
@@ -317,19 +317,13 @@ def _check_alone(calls: list[_Call], layout: Layout, size: tuple[int, int], name
             got = first_tensor(call.module(call.hidden[rows, :length], **arguments))
         except Exception as reason:
             raise ValueError(
-                f"attach: expected encoder layers that run for some rows, got {_sentence(reason)} in {layer} of {name}"
+                f"attach: expected encoder layers that run for some rows, got {told(reason)} in {layer} of {name}"
             ) from reason
         if not near(got, call.output[rows, :length]):
             raise ValueError(
                 f"attach: expected encoder layers that give a row the same without other rows and without its padding, "
                 f"got another output in {layer} of {name}"
             )
-
-
-def _sentence(reason: Exception) -> str:
-    """The kind of an exception and the first line of what it says."""
-    first, _, _ = str(reason).partition("\n")
-    return f"{type(reason).__name__}: {first}"
 
 
 def watched(structure: EncoderStructure) -> list[tuple[tuple[int, int], Tensor, list[_Call]]]:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from exeunt import ops
 from exeunt.stats import ExitStats
 
-__all__ = ["FinalNorm", "HeadForm", "Structure", "eps_of", "evaluating"]
+__all__ = ["FinalNorm", "HeadForm", "Structure", "eps_of", "evaluating", "told"]
+
+
+def told(reason: Exception) -> str:
+    """The kind of an exception and the first line of what it says, for a sentence of ours."""
+    first, _, _ = str(reason).partition("\n")
+    return f"{type(reason).__name__}: {first}"
 
 
 @contextmanager

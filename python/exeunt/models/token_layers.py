@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from exeunt import ops
 from exeunt.models.encoder_structure import EncoderStructure, watched
-from exeunt.models.structure import evaluating
+from exeunt.models.structure import evaluating, told
 
 __all__ = ["KINDS", "TokenLayer", "Tokens", "token_layers"]
 
@@ -383,7 +383,7 @@ def token_layers(structure: EncoderStructure) -> list[TokenLayer]:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as reason:
         raise ValueError(
             f"attach: words cannot leave on their own in {name}, whose layers do not equal their known parts "
-            f"({type(reason).__name__}: {reason}); exits of whole rows work there"
+            f"({told(reason)}); exits of whole rows work there"
         ) from reason
     return layers
 
