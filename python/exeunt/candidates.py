@@ -108,6 +108,18 @@ def over_exits(structure: Structure, states: Sequence[Tensor], count: int) -> tu
         [n, E, count].
     predicted : Tensor
         [n, E] int64, what the whole head says.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.candidates import over_exits
+    >>> from exeunt.models import discover
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> ids, logits, predicted = over_exits(discover(model), [torch.randn(3, 32) for _ in range(2)], count=4)
+    >>> ids.shape, logits.shape, torch.equal(ids[:, 0], predicted[:, 0])  # the likeliest word comes first
+    (torch.Size([3, 4]), torch.Size([3, 2, 4]), True)
     """
     first = structure.exit_stats(states[0], topk=count)
     assert first.topk_ids is not None and first.topk_logits is not None

@@ -45,6 +45,15 @@ class ExitPoint:
         [n, k] logits of the row's candidates, for a measure that has ``candidates``.
     shown : Tensor or None
         [n, k] their probabilities at the exit before, NaN at the first; filled in by the recipe.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from exeunt.confidence import ExitPoint, measure
+    >>> before, after = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    >>> point = ExitPoint(after, before, exeunt.heads.ExitHead(), stats=None)  # the head was not read
+    >>> measure("saturation").score(point)
+    tensor([1., 0.])
     """
 
     hidden: Tensor

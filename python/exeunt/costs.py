@@ -18,7 +18,15 @@ __all__ = ["Clock", "Costs", "check_seconds"]
 
 
 class Costs(NamedTuple):
-    """Median seconds of one layer and of the head in a full-depth decoding step, and of one exit check."""
+    """Median seconds of one layer and of the head in a full-depth decoding step, and of one exit check.
+
+    Examples
+    --------
+    >>> from exeunt.costs import Costs
+    >>> costs = Costs(layer=0.004, head=0.002, check=0.003)
+    >>> costs.check / costs.layer  # layers that a check costs
+    0.75
+    """
 
     layer: float
     head: float
@@ -32,6 +40,19 @@ class Clock:
     ----------
     structure : Structure
         The model's parts; nothing may be attached to them.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.costs import Clock
+    >>> from exeunt.models import discover
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)).eval()
+    >>> with (clock := Clock(discover(model))):
+    ...     out = model.generate(torch.tensor([[3, 5, 7]]), max_new_tokens=4, do_sample=False)
+    >>> min(clock.costs(exeunt.recipes.calm([1]), rows=1)) > 0
+    True
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -76,7 +97,19 @@ class Clock:
 
 @torch.no_grad()
 def check_seconds(structure: Structure, recipe: Recipe, rows: int, repeats: int = 15) -> float:
-    """Median seconds of what `attach` does at the recipe's first exit: head statistics if needed, score, decision."""
+    """Median seconds of what `attach` does at the recipe's first exit: head statistics if needed, score, decision.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.costs import check_seconds
+    >>> from exeunt.models import discover
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> check_seconds(discover(model), exeunt.recipes.calm([1]), rows=2, repeats=3) > 0
+    True
+    """
     weight = structure.weight.detach()
     hidden = torch.randn(rows, weight.shape[1]).to(weight)
     shape, dtype = structure.logits_buffer(hidden, rows)

@@ -89,6 +89,20 @@ class Attached(Plug):
         Where its threshold comes from.
     structure : Structure
         What was found of the model.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)).eval()
+    >>> early, ids = exeunt.attach(model, exeunt.recipes.calm(exits=[1], threshold=0.0)), torch.tensor([[3, 5, 7]])
+    >>> with early.paused():
+    ...     full = model.generate(ids, max_new_tokens=4, do_sample=False)
+    >>> out = model.generate(ids, max_new_tokens=4, do_sample=False)
+    >>> early.report().tokens, early.report().layers_per_token
+    (3, 2.0)
+    >>> early.detach()
     """
 
     def __init__(

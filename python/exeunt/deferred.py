@@ -44,6 +44,21 @@ class Company:
         By slot, the rows of the token's own decoding step, whose arguments these entries take.
     memo : dict
         Arguments that were put together for a layer, for the next ones, which mostly get the same tensors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> from transformers import DynamicCache
+    >>> from exeunt.deferred import Deferred
+    >>> cache = DynamicCache()
+    >>> waiting = Deferred(cache, again=False, count=lambda rows: None)
+    >>> for slot in (7, 8):  # row 0 leaves twice after layer 1
+    ...     step = SimpleNamespace(depth=torch.tensor([1, 3]), length=slot, first=None, lesson=None)
+    ...     waiting.leave(1, step, torch.zeros(2, 1, 8))
+    >>> waiting.gather(2, None)
+    >>> waiting.company.rows, waiting.company.slots
+    (tensor([0, 0]), tensor([7, 8]))
     """
 
     def __init__(self, places: Tensor, waiting: Deferred) -> None:
@@ -80,6 +95,22 @@ class Deferred:
         Whether a decoding step has begun and not ended.
     company : Company or None
         Those that run along in it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> from transformers import DynamicCache
+    >>> from exeunt.deferred import Deferred
+    >>> cache = DynamicCache()
+    >>> waiting = Deferred(cache, again=False, count=lambda rows: None)
+    >>> step = SimpleNamespace(depth=torch.tensor([1, 3]), length=7, first=None, lesson=None)
+    >>> waiting.leave(1, step, torch.zeros(2, 1, 8))  # row 0 has left after layer 1, row 1 goes on
+    >>> len(waiting), waiting.slot, waiting.row
+    (1, tensor([7]), tensor([0]))
+    >>> waiting.crop(7)  # the cache forgets that token
+    >>> len(waiting)
+    0
     """
 
     def __init__(

@@ -37,6 +37,13 @@ class Answer(NamedTuple):
         Whether the full-depth model would have chosen it after the same prefix.
     same_start : int
         How many of the first tokens equal those of the text generated at full depth.
+
+    Examples
+    --------
+    >>> from exeunt.demo import Answer
+    >>> answer = Answer("Hi", ["Good", " day", "!"], depths=[30, 25, 30], agrees=[True] * 3, same_start=3)
+    >>> "".join(answer.pieces), min(answer.depths)
+    ('Good day!', 25)
     """
 
     prompt: str
@@ -47,7 +54,14 @@ class Answer(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One way to generate: new tokens, seconds in ``generate`` and reads of the head; tokens/s of each batch."""
+    """One way to generate: new tokens, seconds in ``generate`` and reads of the head; tokens/s of each batch.
+
+    Examples
+    --------
+    >>> from exeunt.demo import Side
+    >>> Side(tokens=8, seconds=2.0, head_reads=8, speeds=[3.0, 5.0]).speed
+    4.0
+    """
 
     tokens: int
     seconds: float
@@ -62,7 +76,19 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a demo run found."""
+    """All that a demo run found.
+
+    Examples
+    --------
+    >>> from exeunt import demo, recipes, small_lm
+    >>> model, tokenizer = small_lm.load()
+    >>> recipe = recipes.calm(small_lm.EXITS, small_lm.THRESHOLD)
+    >>> outcome = demo.measure(model, tokenizer, recipe, ["Return the number of"], tokens=2)
+    >>> outcome.layers, len(outcome.depths), set(outcome.depths) <= {4, 12}
+    (12, 2, True)
+    >>> outcome.left == outcome.depths.count(4) / 2
+    True
+    """
 
     recipe: Recipe
     structure: Structure  # the model's parts
@@ -134,6 +160,15 @@ def measure(
     Returns
     -------
     Outcome
+
+    Examples
+    --------
+    >>> from exeunt import demo, recipes, small_lm
+    >>> model, tokenizer = small_lm.load()
+    >>> recipe = recipes.calm(small_lm.EXITS, small_lm.THRESHOLD)
+    >>> outcome = demo.measure(model, tokenizer, recipe, ["Return the number of"], tokens=2)
+    >>> outcome.full.tokens, outcome.early.tokens, len(outcome.answers)
+    (2, 2, 1)
     """
     clock = Clock(discover(model))
     ways = {"full": partial(_at_full_depth, model, clock), "early": partial(_with_exits, model, recipe)}

@@ -69,6 +69,19 @@ class AttachedEncoder(Plug):
         What decides.
     structure : EncoderStructure
         What was found of the model.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from exeunt.classifier_heads import ClassifierHeads, LinearHead
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+    ...     num_hidden_layers=4, num_attention_heads=2)).eval()
+    >>> recipe = exeunt.recipes.shallow_deep(0.5, heads=ClassifierHeads({e: LinearHead(16, 2) for e in range(3)}))
+    >>> with torch.no_grad(), exeunt.attach(model, recipe) as early:
+    ...     out = model(torch.randint(64, (3, 5)))
+    >>> out.logits.shape, early.report().histogram  # of two labels one always has half of the probability
+    (torch.Size([3, 2]), {0: 3})
     """
 
     def __init__(

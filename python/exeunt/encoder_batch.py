@@ -29,6 +29,15 @@ class Group:
         What exit heads remember, rows first.
     state : dict of str to Tensor
         What the policy remembers, rows first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.encoder_batch import Group
+    >>> group = Group(None, torch.randn(3, 5, 8), torch.ones(3, 5), memory={}, state={"count": torch.tensor([0, 1, 2])})
+    >>> part = group.take(torch.tensor([0, 2]), length=4)
+    >>> part.rows, part.hidden.shape, part.state
+    (tensor([0, 2]), torch.Size([2, 4, 8]), {'count': tensor([0, 2])})
     """
 
     def __init__(
@@ -82,6 +91,17 @@ class Forward:
         [B, S, D] states of rows that left, in their places; None while none has.
     room : Tensor or None
         What checks in one call share; None where there are none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.encoder_batch import Forward, Group
+    >>> run = Forward(None, layers=4, device=torch.device("cpu"))
+    >>> run.size = (2, 5)
+    >>> group = Group(None, torch.randn(2, 5, 8), None, {}, {})
+    >>> run.leave(group, torch.tensor([1]), torch.randn(1, 3), layer=1)
+    >>> run.depth, run.whole
+    (tensor([3, 1]), False)
     """
 
     depth: Tensor

@@ -40,6 +40,21 @@ class ExitPoints:
     ------
     ValueError
         For exits outside 0..L-2, and for exit heads that do not fit the model in width, dtype or device.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.exit_points import ExitPoints
+    >>> from exeunt.models import discover
+    >>> structure = discover(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)))
+    >>> list(ExitPoints(structure, exeunt.recipes.calm([1, 2])).heads)
+    [1, 2]
+    >>> ExitPoints(structure, exeunt.recipes.calm([3]))
+    Traceback (most recent call last):
+        ...
+    ValueError: attach: exits must lie in 0..2 for 4 layers, got [3]
     """
 
     def __init__(self, structure: Structure, recipe: Recipe) -> None:

@@ -11,7 +11,15 @@ __all__ = ["unfinished", "write", "written"]
 
 
 def unfinished(path: str | os.PathLike[str]) -> Path:
-    """Where a file is written before it gets its name: in the same folder, hidden, one a process."""
+    """Where a file is written before it gets its name: in the same folder, hidden, one a process.
+
+    Examples
+    --------
+    >>> from exeunt.files import unfinished
+    >>> path = unfinished("figures/speed.txt")
+    >>> path.parent.name, path.name.startswith(".speed.txt.")
+    ('figures', True)
+    """
     return Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
 
 

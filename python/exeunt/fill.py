@@ -41,6 +41,21 @@ def fill_in(
     -------
     int
         Layer-rows that kv_fill wrote; the layers count what they write themselves.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.fill import fill_in
+    >>> from exeunt.models import CACHE_KEYWORD, KeyValueWeights, discover
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> weights, cache = KeyValueWeights.find(discover(model)), DynamicCache()
+    >>> with torch.no_grad(), exeunt.attach(model, exeunt.recipes.calm([1], 0.0, lazy=True)):
+    ...     for ids in (torch.tensor([[3, 5, 7]]), torch.tensor([[9]])):
+    ...         out = model(ids, **{CACHE_KEYWORD: cache}, use_cache=True)
+    ...     fill_in(cache.layers, weights)  # the last token has skipped layers 2 and 3
+    2
     """
     until = len(layers) if until is None else until
     state = layers[0].state

@@ -30,6 +30,15 @@ class Token:
         [B] int64: the layer after which each row of its decoding step left.
     origin : Tensor or None
         [B] int64: the row of the decoding step that each row of the cache comes from; None while rows have not moved.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.generation import Token
+    >>> token = Token(slot=7, depth=torch.tensor([1, 3, 1]))
+    >>> token.origin = torch.tensor([2, 0])  # the cache has kept two rows, in another order
+    >>> token.locate(torch.tensor([0]))
+    (tensor([1]), tensor([0]))
     """
 
     slot: int
@@ -45,7 +54,23 @@ class Token:
 
 
 class Skipped(NamedTuple):
-    """A layer that owes its cache keys and values: for ``token``, in the step's ``rows``, as ``call`` gives them."""
+    """A layer that owes its cache keys and values: for ``token``, in the step's ``rows``, as ``call`` gives them.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import CACHE_KEYWORD
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> cache = DynamicCache()
+    >>> with torch.no_grad(), exeunt.attach(model, exeunt.recipes.calm([1], 0.0, lazy=True)):
+    ...     for ids in (torch.tensor([[3, 5, 7]]), torch.tensor([[9]])):
+    ...         out = model(ids, **{CACHE_KEYWORD: cache}, use_cache=True)
+    ...     owed = cache.layers[2].state.pending  # layers 2 and 3 are skipped
+    >>> [(layer, skipped.token.slot, skipped.rows.tolist()) for layer in owed for skipped in owed[layer]]
+    [(2, 3, [0]), (3, 3, [0])]
+    """
 
     token: Token
     call: LayerCall
@@ -84,6 +109,16 @@ class GenerationState:
         The model that fills the cache.
     table : KVCache or None
         Where all layers hold their keys and values; None once one of them has moved.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.generation import GenerationState
+    >>> state = GenerationState(stop_ids=torch.tensor([0]), max_length=10)
+    >>> state.begin_prompt(4)
+    >>> state.feed(torch.tensor([[5], [0]]))
+    >>> state.finished, state.position(6)
+    (tensor([False,  True]), Position(produced=3, limit=6))
     """
 
     stop_ids: Tensor | None = None

@@ -53,6 +53,17 @@ class Graphs:
         What decides, and what becomes of skipped layers.
     recorder : Recorder
         What records a graph.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.graphs import Graphs
+    >>> from exeunt.models import discover
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> Graphs.of(discover(model), exeunt.recipes.calm([1])) is None  # on the CPU
+    True
     """
 
     def __init__(self, structure: Structure, recipe: Recipe, recorder: Recorder) -> None:

@@ -22,7 +22,21 @@ VERSIONS = ((4, 57), (6, 0))  # from, and up to but without
 
 
 def check_model(model: Any) -> None:
-    """Raise for a version of transformers, or settings of a model, that would fail in the middle of a generation."""
+    """Raise for a version of transformers, or settings of a model, that would fail in the middle of a generation.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.limits import check_model
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> check_model(model)
+    >>> model.generation_config.cache_implementation = "static"
+    >>> check_model(model)
+    Traceback (most recent call last):
+        ...
+    ValueError: attach: exits need the default DynamicCache, got generation_config.cache_implementation='static'
+    """
     if not VERSIONS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) < VERSIONS[1]:
         raise ImportError(f"attach needs transformers>=4.57,<6, got {transformers.__version__}")
     register_attention()
@@ -41,6 +55,15 @@ def full_depth(mode: str, config: Any) -> str | None:
     """What keeps a generation of this mode and configuration at full depth, if anything does.
 
     ValueError for a draft by the model's own first layers: it fails, and leaves the model's configuration changed.
+
+    Examples
+    --------
+    >>> from transformers import GenerationConfig
+    >>> from exeunt.limits import full_depth
+    >>> full_depth("greedy_search", GenerationConfig(output_attentions=True, return_dict_in_generate=True))
+    'output_attentions'
+    >>> full_depth("assisted_generation", GenerationConfig())
+    'assisted generation'
     """
     if getattr(config, "assistant_early_exit", None) is not None:
         raise ValueError(
@@ -55,14 +78,34 @@ def full_depth(mode: str, config: Any) -> str | None:
 
 
 def default_cache(model: Any) -> Any:
-    """The cache that a model makes for itself."""
+    """The cache that a model makes for itself.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.limits import default_cache
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> type(default_cache(model)).__name__
+    'DynamicCache'
+    """
     config = model.config.get_text_config(decoder=True)
     own = DynamicCache(config=config)
     return EncoderDecoderCache(own, DynamicCache(config=config)) if model.config.is_encoder_decoder else own
 
 
 def adopted(cache: Any, depth: int) -> GenerationState:
-    """The state of the generation that a cache belongs to; ValueError for a kind of cache that exits cannot use."""
+    """The state of the generation that a cache belongs to; ValueError for a kind of cache that exits cannot use.
+
+    Examples
+    --------
+    >>> from transformers import DynamicCache
+    >>> from exeunt.limits import adopted
+    >>> cache = DynamicCache()
+    >>> state = adopted(cache, depth=4)
+    >>> len(cache.layers), state is adopted(cache, depth=4)
+    (4, True)
+    """
     own = own_cache(cache)
     state = caches.adopt(own, depth)
     if state is None:

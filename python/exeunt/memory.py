@@ -113,7 +113,16 @@ def _copy(groups: list[list[Tensor]]) -> None:
 
 
 def zeros_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in memory of their own on huge pages, where the system has them."""
+    """Zeros in memory of their own on huge pages, where the system has them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.memory import zeros_on_huge_pages
+    >>> zeros_on_huge_pages((2, 3), torch.float32)
+    tensor([[0., 0., 0.],
+            [0., 0., 0.]])
+    """
     count = math.prod(shape)
     return torch.frombuffer(_mapped(count * dtype.itemsize), dtype=dtype, count=count).view(*shape)
 

@@ -50,7 +50,24 @@ def legend(outcome: Outcome) -> list[tuple[int, str]]:
 
 
 def show(outcome: Outcome, title: str, console: Any) -> None:
-    """Print everything on a rich console; where it has no colours, «guillemets» mark what left early."""
+    """Print everything on a rich console; where it has no colours, «guillemets» mark what left early.
+
+    Examples
+    --------
+    >>> import io
+    >>> from rich.console import Console
+    >>> from exeunt import costs, demo, picture, recipes
+    >>> from exeunt.models import discover
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> structure = discover(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)))
+    >>> answer, side = demo.Answer("Hi", ["Good", " day"], [4, 2], [True] * 2, 2), demo.Side(2, 0.1, 2, [20.0])
+    >>> outcome = demo.Outcome(recipes.calm([1]), structure, 1, side, side, costs.Costs(0.02, 0.02, 0.03), [answer])
+    >>> console = Console(file=io.StringIO(), color_system=None)
+    >>> picture.show(outcome, "Early exits", console)
+    >>> console.file.getvalue().splitlines()[:4]
+    ['Early exits', '', '> Hi', 'Good« day»']
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -74,7 +91,20 @@ def show(outcome: Outcome, title: str, console: Any) -> None:
 
 
 def html(outcome: Outcome, title: str) -> str:
-    """The same as an HTML page."""
+    """The same as an HTML page.
+
+    Examples
+    --------
+    >>> from exeunt import costs, demo, picture, recipes
+    >>> from exeunt.models import discover
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> structure = discover(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)))
+    >>> answer, side = demo.Answer("Hi", ["Good", " day"], [4, 2], [True] * 2, 2), demo.Side(2, 0.1, 2, [20.0])
+    >>> outcome = demo.Outcome(recipes.calm([1]), structure, 1, side, side, costs.Costs(0.02, 0.02, 0.03), [answer])
+    >>> "left after 2 of 4 layers: 1 of 2 tokens" in picture.html(outcome, "Early exits")
+    True
+    """
     console = _recording()
     show(outcome, title, console)
     return console.export_html(code_format=PAGE, inline_styles=True)
@@ -126,7 +156,20 @@ def tagged(texts: list[str], spans: list[list[tuple[int, int, int]]], layers: in
 
 
 def png(outcome: Outcome, title: str, columns: int = 100) -> bytes:
-    """The same as a PNG image, drawn in the cells of a monospaced font."""
+    """The same as a PNG image, drawn in the cells of a monospaced font.
+
+    Examples
+    --------
+    >>> from exeunt import costs, demo, picture, recipes
+    >>> from exeunt.models import discover
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> structure = discover(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)))
+    >>> answer, side = demo.Answer("Hi", ["Good", " day"], [4, 2], [True] * 2, 2), demo.Side(2, 0.1, 2, [20.0])
+    >>> outcome = demo.Outcome(recipes.calm([1]), structure, 1, side, side, costs.Costs(0.02, 0.02, 0.03), [answer])
+    >>> picture.png(outcome, "Early exits")[1:4]
+    b'PNG'
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

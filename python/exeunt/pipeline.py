@@ -140,6 +140,23 @@ class Pipeline:
         The pipeline that does the work.
     exits : AttachedEncoder
         What is on its model.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+    >>> from exeunt.classifier_heads import ClassifierHeads, LinearHead
+    >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+    >>> tokenizer = BertTokenizerFast(vocab={word: k for k, word in enumerate(words)}, model_max_length=8)
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=3,
+    ...     num_attention_heads=2, intermediate_size=16, max_position_embeddings=8)).eval()
+    >>> recipe = exeunt.recipes.shallow_deep(0.5, heads=ClassifierHeads({e: LinearHead(16, 2) for e in range(2)}))
+    >>> classify = exeunt.pipeline("text-classification", model, recipe, tokenizer=tokenizer)
+    >>> len(list(classify(text for text in ("good", "bad", "good good"))))
+    3
+    >>> classify.report().histogram
+    {0: 3}
+    >>> classify.detach()
     """
 
     SETTINGS: ClassVar[dict[str, Any]] = {"truncation": True}
@@ -196,6 +213,22 @@ class TaggingPipeline(Pipeline):
         The pipeline that does the work.
     exits : AttachedTagger
         What is on its model.
+
+    Examples
+    --------
+    >>> import exeunt
+    >>> from transformers import BertConfig, BertForTokenClassification, BertTokenizerFast
+    >>> from exeunt.classifier_heads import ClassifierHeads, LinearHead
+    >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ann", "sings"]
+    >>> tokenizer = BertTokenizerFast(vocab={word: k for k, word in enumerate(words)}, model_max_length=8)
+    >>> model = BertForTokenClassification(BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=3,
+    ...     num_attention_heads=2, intermediate_size=16, max_position_embeddings=8)).eval()
+    >>> recipe = exeunt.recipes.tokee(1.0, heads=ClassifierHeads({e: LinearHead(16, 2) for e in range(2)}))
+    >>> tag = exeunt.pipeline("ner", model, recipe, tokenizer=tokenizer)
+    >>> [found["word"] for found in tag("Ann sings")]
+    ['ann', 'sings']
+    >>> "left after 1 of 3 layers: 2 of 2 tokens" in tag.html("Ann sings")
+    True
     """
 
     SETTINGS: ClassVar[dict[str, Any]] = {}

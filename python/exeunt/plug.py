@@ -24,6 +24,24 @@ class Plug:
     ----------
     model : nn.Module
         The model.
+
+    Examples
+    --------
+    >>> import types, torch
+    >>> from exeunt.plug import Plug
+    >>> class Doubled(Plug):
+    ...     def __init__(self, model):
+    ...         self.model = model
+    ...         self._put_on()
+    ...
+    ...     def _install(self):
+    ...         self._set(self.model, "forward", types.MethodType(lambda this, x: 2 * x, self.model))
+    >>> model = torch.nn.Identity()
+    >>> with Doubled(model):
+    ...     model(torch.ones(1))
+    tensor([2.])
+    >>> model(torch.ones(1))
+    tensor([1.])
     """
 
     model: Any

@@ -11,11 +11,30 @@ __all__ = ["Recorder", "Unrecordable", "reads_on_host", "recorder_for"]
 
 
 class Unrecordable(RuntimeError):
-    """Why something cannot be in a graph."""
+    """Why something cannot be in a graph.
+
+    Examples
+    --------
+    >>> from exeunt.recorder import Unrecordable
+    >>> try:
+    ...     raise Unrecordable("layers that read values on the host")
+    ... except RuntimeError as reason:
+    ...     print(reason)
+    layers that read values on the host
+    """
 
 
 def reads_on_host(op: Any, args: Sequence[Any]) -> bool:
-    """Whether a torch op takes values between host and device, to return them or to know how much it returns."""
+    """Whether a torch op takes values between host and device, to return them or to know how much it returns.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.recorder import reads_on_host
+    >>> aten = torch.ops.aten
+    >>> reads_on_host(aten.nonzero.default, [torch.ones(2)]), reads_on_host(aten.add.Tensor, [torch.ones(2)] * 2)
+    (True, False)
+    """
     if op is torch.ops.aten.lift_fresh.default:  # torch.tensor of numbers; a single one goes along with each launch
         return args[0].dim() > 0
     if op.overloadpacket in _INDEXED:  # by integers they read nothing
@@ -34,6 +53,23 @@ class Recorder:
     ----------
     device : torch.device
         A CUDA device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.recorder import recorder_for
+    >>> device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    >>> recorder, x = recorder_for(device), torch.zeros(2, device=device)
+    >>> def body():
+    ...     x.add_(1)
+    >>> if recorder is None:  # a device without graphs
+    ...     body()
+    ...     body()
+    ... else:
+    ...     recorder.run(body)
+    ...     recorder.replay(recorder.record(body))
+    >>> x.tolist()
+    [2.0, 2.0]
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,5 +117,13 @@ class Recorder:
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """The recorder of a device; None where there are no graphs."""
+    """The recorder of a device; None where there are no graphs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.recorder import recorder_for
+    >>> recorder_for(torch.device("cpu")) is None
+    True
+    """
     return Recorder(device) if device.type == "cuda" else None

@@ -255,6 +255,16 @@ class Replay:
         Whether a live run would decide the same.
     why : str
         Why, in a sentence.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> g = torch.Generator().manual_seed(0)
+    >>> logits = 4 * torch.randn(100, 1, 3, generator=g) + torch.randn(100, 6, 3, generator=g)
+    >>> recording = exeunt.replay.Recording.of_logits(logits)
+    >>> strict, loose = (exeunt.replay.replay(recording, exeunt.recipes.shallow_deep(t)) for t in (0.99, 0.6))
+    >>> strict.mean_layers > loose.mean_layers, strict.consistency > loose.consistency, loose.exact
+    (True, True, True)
     """
 
     recording: Recording

@@ -24,6 +24,18 @@ class SlidingExitCacheLayer(ExitCacheLayer):
     ----------
     sliding_window : int
         Tokens of the window.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers.cache_utils import DynamicSlidingWindowLayer
+    >>> from exeunt.sliding import SlidingExitCacheLayer
+    >>> layer = DynamicSlidingWindowLayer(sliding_window=4)
+    >>> SlidingExitCacheLayer.adopt(layer)
+    >>> for _ in range(6):
+    ...     keys, values = layer.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+    >>> keys.shape, layer.keys.shape  # what attention sees, and what is kept
+    (torch.Size([1, 2, 4, 8]), torch.Size([1, 2, 6, 8]))
     """
 
     is_sliding = True

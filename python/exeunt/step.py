@@ -45,6 +45,22 @@ class Step:
         The model's parts.
     report : Report
         What counts the step's reads of the head.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> from exeunt import Report
+    >>> from exeunt.generation import GenerationState
+    >>> from exeunt.models import discover
+    >>> from exeunt.step import Step
+    >>> structure = discover(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)))
+    >>> step = Step(3, 3, GenerationState(), DynamicCache(), 5, torch.device("cpu"), structure, Report(layers=4))
+    >>> step.leave(torch.tensor([False, True, False]), layer=1)
+    1
+    >>> step.rows, step.left, step.depth
+    (tensor([0, 2]), tensor([1]), tensor([3, 1, 3]))
     """
 
     def __init__(

@@ -32,7 +32,16 @@ __all__ = [
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer that ``--model`` names: ``small``, ``smollm2`` or a folder."""
+    """Model and tokenizer that ``--model`` names: ``small``, ``smollm2`` or a folder.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.terminal import load
+    >>> model, tokenizer = load("small", torch.float32)
+    >>> len(model.model.layers), tokenizer.padding_side
+    (12, 'left')
+    """
     if name == "small":
         return small_lm.load(dtype)
     if name == "smollm2":
@@ -58,7 +67,15 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal's standard error; what is yielded takes what was done."""
+    """Show a bar on a terminal's standard error; what is yielded takes what was done.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import progress
+    >>> with progress("Decoding", total=20) as advance:
+    ...     for batch in (8, 8, 4):
+    ...         advance(batch)
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -69,7 +86,18 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def read(path: Path) -> list[str]:
-    """Texts of a file, or of the ``*.txt`` files below a folder."""
+    """Texts of a file, or of the ``*.txt`` files below a folder.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from exeunt.terminal import read
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "b.txt").write_text("second"), Path(folder, "a.txt").write_text("first")
+    ...     read(Path(folder))
+    ['first', 'second']
+    """
     files, texts = sorted(path.rglob("*.txt")) if path.is_dir() else [path], []
     if not files:
         raise ValueError(f"--data must be a text file or a folder of *.txt files, got {path}, which has none")
@@ -83,7 +111,16 @@ def read(path: Path) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' remarks on how it is called, and without its progress bars, which take no time."""
+    """Without transformers' remarks on how it is called, and without its progress bars, which take no time.
+
+    Examples
+    --------
+    >>> from transformers.utils import logging
+    >>> from exeunt.terminal import quiet
+    >>> with quiet():
+    ...     logging.get_verbosity() == logging.ERROR, logging.is_progress_bar_enabled()
+    (True, False)
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -98,12 +135,33 @@ def quiet() -> Iterator[None]:
 
 
 class Refused(Exception):
-    """What the user can put right, in one sentence."""
+    """What the user can put right, in one sentence.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import Refused, refusing
+    >>> try:
+    ...     with refusing():
+    ...         raise OSError("the disk is full")
+    ... except Refused as sentence:
+    ...     print(sentence)
+    the disk is full
+    """
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Make what the user can put right a `Refused`."""
+    """Make what the user can put right a `Refused`.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import refusing
+    >>> with refusing():
+    ...     raise ValueError("level must lie in 0..1, got 2")
+    Traceback (most recent call last):
+        ...
+    exeunt.terminal.Refused: level must lie in 0..1, got 2
+    """
     try:
         yield
     except BrokenPipeError:  # nobody reads on: nothing to put right
@@ -113,7 +171,16 @@ def refusing() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence."""
+    """Refuses in one sentence.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import Parser
+    >>> parser = Parser(prog="exeunt")
+    >>> _ = parser.add_argument("--threshold", type=float)
+    >>> parser.parse_args(["--threshold", "-inf"]).threshold  # a number, not an option
+    -inf
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -125,7 +192,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number from 1 on.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import positive
+    >>> positive("12")
+    12
+    """
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
@@ -133,7 +207,14 @@ def positive(text: str) -> int:
 
 
 def layers(text: str) -> list[int]:
-    """Layers such as ``8,12``."""
+    """Layers such as ``8,12``.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import layers
+    >>> layers("8,12")
+    [8, 12]
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -141,14 +222,36 @@ def layers(text: str) -> list[int]:
 
 
 def text(given: str) -> str:
-    """A text that is not empty."""
+    """A text that is not empty.
+
+    Examples
+    --------
+    >>> from exeunt.terminal import text
+    >>> text("a prompt")
+    'a prompt'
+    >>> text("  ")
+    Traceback (most recent call last):
+        ...
+    argparse.ArgumentTypeError: expected a text, got '  '
+    """
     if not given.strip():
         raise argparse.ArgumentTypeError(f"expected a text, got {given!r}")
     return given
 
 
 def check_folder(path: Path) -> None:
-    """Raise unless ``--out`` is a folder to write into, or can become one; nothing is made."""
+    """Raise unless ``--out`` is a folder to write into, or can become one; nothing is made.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from exeunt.terminal import check_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     check_folder(Path(folder, "new", "run"))
+    ...     Path(folder, "new").exists()
+    False
+    """
     there = next(p for p in (path, *path.parents) if p.exists())
     problem = "" if os.access(there, os.W_OK) else f"{there} cannot be written"
     if not there.is_dir():
@@ -158,7 +261,18 @@ def check_folder(path: Path) -> None:
 
 
 def check_writable(path: Path | None) -> None:
-    """Raise unless a file can be written there; nothing stays behind."""
+    """Raise unless a file can be written there; nothing stays behind.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from exeunt.terminal import check_writable
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     check_writable(Path(folder, "out.html"))
+    ...     list(Path(folder).iterdir())
+    []
+    """
     if path is None:
         return
     problem = "it is a directory" if path.is_dir() else ""

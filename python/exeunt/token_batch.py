@@ -27,6 +27,16 @@ class TokenForward:
         [B, S], not 0 where a token counts.
     depth : int
         Layers L.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.token_batch import TokenForward
+    >>> run = TokenForward(torch.tensor([[0, 1, 2, 2]]), None, depth=4)  # a special token, a word, one of two pieces
+    >>> leave, label = torch.tensor([False, True]), torch.tensor([0, 2])
+    >>> run.halt(leave, torch.randn(4, 3), label, layer=1, hidden=torch.randn(4, 8), pieces="all")
+    >>> run.depth, run.tokens.active
+    (tensor([3, 3, 1, 1]), tensor([0, 1]))
     """
 
     logits: Tensor  # [B*S, C] of tokens that halted, zeros for the others

@@ -68,6 +68,19 @@ class AttachedTagger(AttachedEncoder):
         What decides: one with a policy over words.
     structure : EncoderStructure
         What was found of the model.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from transformers import BertConfig, BertForTokenClassification
+    >>> from exeunt.classifier_heads import ClassifierHeads, LinearHead
+    >>> model = BertForTokenClassification(BertConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+    ...     num_hidden_layers=4, num_attention_heads=2, num_labels=3)).eval()
+    >>> recipe = exeunt.recipes.tokee(1.0, heads=ClassifierHeads({e: LinearHead(16, 3) for e in range(3)}))
+    >>> with torch.no_grad(), exeunt.attach(model, recipe) as early:
+    ...     out = model(torch.tensor([[1, 8, 9, 2]]), words=torch.tensor([[0, 1, 2, 0]]))
+    >>> early.depths, early.report().words
+    (tensor([[0, 0, 0, 0]]), 2)
     """
 
     _report: Any

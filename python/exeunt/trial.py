@@ -47,6 +47,17 @@ def try_state(early: Attached) -> None:
     ValueError
         Where a strategy that promises the keys and values of full depth does not give them on this model, or where a
         layer attends to keys that were evicted.
+
+    Examples
+    --------
+    >>> import dataclasses, exeunt
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.trial import try_state
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> recipe = dataclasses.replace(exeunt.recipes.calm([1]), state=exeunt.states.Defer())
+    >>> with exeunt.attach(model, recipe) as early:  # which has tried it once already
+    ...     try_state(early)
     """
     model, state = early.model, early.recipe.state
     name = f"{type(state).__name__} on {type(model).__name__}"

@@ -13,7 +13,16 @@ NOISE = 0.03  # two runs of the same thing differ by this much at least
 
 
 def table(outcome: Outcome) -> list[tuple[str, str, str]]:
-    """Rows of what was measured: its name, at full depth, with exits."""
+    """Rows of what was measured: its name, at full depth, with exits.
+
+    Examples
+    --------
+    >>> from exeunt import demo, recipes, small_lm, verdict
+    >>> model, tokenizer = small_lm.load()
+    >>> outcome = demo.measure(model, tokenizer, recipes.calm(small_lm.EXITS, 0.0), ["Return the number of"], tokens=2)
+    >>> verdict.table(outcome)[1:4]  # the first token comes from the prompt's own forward
+    [('new tokens', '2', '2'), ('layers run per token', '12.0', '8.0'), ('tokens that left early', '', '50%')]
+    """
     full, early = outcome.full, outcome.early
     rows = [
         ("tokens per second, mean of the prompts", f"{full.speed:.1f}", f"{early.speed:.1f}"),
@@ -31,7 +40,19 @@ def table(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 
 def expected_gain(outcome: Outcome) -> float:
-    """Gain in speed by arithmetic: what tokens that left saved, minus checks; one row at a time."""
+    """Gain in speed by arithmetic: what tokens that left saved, minus checks; one row at a time.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from exeunt import costs, demo, recipes, verdict
+    >>> answer = demo.Answer("Hi", ["Good", "!"], depths=[4, 2], agrees=[True, True], same_start=2)
+    >>> side, model = demo.Side(2, 1.0, 2, [2.0]), SimpleNamespace(layers=[None] * 4)
+    >>> parts = costs.Costs(layer=1.0, head=2.0, check=0.5)
+    >>> outcome = demo.Outcome(recipes.calm([1]), model, 1, side, side, parts, [answer])
+    >>> round(verdict.expected_gain(outcome), 2)  # of 6 seconds a token, 2 are saved and 0.5 go to the check
+    0.33
+    """
     costs, step = outcome.costs, _step(outcome)
     saved = (outcome.layers - outcome.layers_per_token) * costs.layer
     if outcome.recipe.reads_head:  # a token that leaves takes the check's logits along
@@ -44,6 +65,14 @@ def verdict(outcome: Outcome) -> list[str]:
 
     Every token pays the check; one that leaves saves the skipped layers and, if the check has read the head for it,
     the read at the end. So a check pays if the share of tokens that leave exceeds its cost over that saving.
+
+    Examples
+    --------
+    >>> from exeunt import demo, recipes, small_lm, verdict
+    >>> model, tokenizer = small_lm.load()
+    >>> outcome = demo.measure(model, tokenizer, recipes.calm(small_lm.EXITS, 0.0), ["Return the number of"], tokens=2)
+    >>> print(verdict.verdict(outcome)[1])
+    One read of this model's head costs ... and an exit after 4 of 12 layers saves 8.
     """
     if len(outcome.depths) == len(outcome.answers):
         return ["The first token comes from the prompt's own forward and there was no second: no token could leave."]

@@ -81,6 +81,17 @@ class Words:
         [W] int64, row of each word.
     segment : Tensor
         [W] int64, ascending; words that follow each other without a token of no word between have the same.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.words import words_of
+    >>> found = words_of(torch.tensor([[0, 1, 1, 2]]), None)  # a special token, a word of two pieces, another
+    >>> len(found), found.first.tolist()
+    (2, [1, 3])
+    >>> rest = found.keep(torch.tensor([True, False, False, True]), torch.tensor([False, True]))
+    >>> rest.place.tolist(), rest.first.tolist()
+    ([0, 3], [1])
     """
 
     place: Tensor

@@ -44,6 +44,19 @@ class Calibrated(NamedTuple):
         inf where not even the safest candidate passed, but full depth did.
     live : Live
         Losses and layers of the candidates that were run.
+
+    Examples
+    --------
+    >>> import torch, exeunt
+    >>> from exeunt.calibration.calibrating import calibrate_recorded
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> model = BertForSequenceClassification(BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=3, num_attention_heads=4))
+    >>> z = torch.randn(200, 1, 2).expand(-1, 3, -1)  # every exit says what full depth says
+    >>> recording = exeunt.replay.Recording.of_logits(z)
+    >>> found = calibrate_recorded(model, exeunt.recipes.right_tool(), recording, [0.9, 0.6], level=0.05)
+    >>> found.calibration.thresholds, found.live.losses.mean(1)
+    ({0: 0.6, 1: 0.6}, array([0., 0.]))
     """
 
     calibration: Calibration

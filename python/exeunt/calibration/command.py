@@ -49,7 +49,18 @@ GRIDS = {
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to those of `exeunt`."""
+    """Add the command to those of `exeunt`.
+
+    Examples
+    --------
+    >>> import argparse
+    >>> from exeunt.calibration.command import add_parser
+    >>> parser = argparse.ArgumentParser()
+    >>> add_parser(parser.add_subparsers())
+    >>> given = parser.parse_args("calibrate --model small --data texts --level 0.1 --out small.json".split())
+    >>> given.level, given.method, given.risk
+    (0.1, 'ltt', 'next-token')
+    """
     fit = commands.add_parser(
         "calibrate",
         help="find a threshold that keeps a promise",

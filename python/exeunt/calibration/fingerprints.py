@@ -81,6 +81,16 @@ def of_model(model: Any) -> dict[str, int | str]:
     -------
     dict
         :func:`exeunt.heads.fingerprint` of its configuration, ``dtype`` and ``weights``.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.calibration import fingerprints
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> own = fingerprints.of_model(model)
+    >>> own["model_type"], own["dtype"], own["weights"] == fingerprints.of_weights(model)
+    ('llama', 'torch.float32', True)
     """
     dtype = next(model.parameters()).dtype
     return heads.fingerprint(model.config) | {"dtype": str(dtype), "weights": of_weights(model)}

@@ -40,6 +40,16 @@ class Live(NamedTuple):
         [K, n] float64 within 0..1, by candidate and text.
     layers : list of float
         [K] layers run for a token, on average.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from exeunt.calibration.live import Live
+    >>> live = Live(np.array([[0.0, 0.0], [0.25, 0.5]]), layers=[3.5, 2.0])
+    >>> for threshold, losses, layers in zip([0.9, 0.5], live.losses, live.layers):
+    ...     print(f"{threshold}: risk {losses.mean()}, {layers} layers a token")
+    0.9: risk 0.0, 3.5 layers a token
+    0.5: risk 0.375, 2.0 layers a token
     """
 
     losses: Array
@@ -182,7 +192,14 @@ def live_losses(
 
 
 def compared(risk: str, early: list[list[int]], full: list[list[int]], tokenizer: Any) -> Array:
-    """[n] losses of what was said early against what was said at full depth, rows of ids."""
+    """[n] losses of what was said early against what was said at full depth, rows of ids.
+
+    Examples
+    --------
+    >>> from exeunt.calibration.live import compared
+    >>> compared("token", [[3, 5, 7, 9]], [[3, 5, 7, 8]], tokenizer=None)
+    array([0.25])
+    """
     if risk in ("next-token", "token"):
         return risks.token_disagreement(early, full)
     words = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in (early, full)]
@@ -241,6 +258,8 @@ def _says(model: Any, texts: Tensor, prompt: int) -> list[list[int]]:
 def until_end(ids: Tensor, ends: int | list[int] | None) -> list[list[int]]:
     """Rows of [B, S] up to and with the token that ends them.
 
+    Examples
+    --------
     >>> until_end(torch.tensor([[5, 0, 7], [5, 6, 7]]), 0)
     [[5, 0], [5, 6, 7]]
     """

@@ -30,6 +30,14 @@ class View(NamedTuple):
         0-based.
     memory : dict of str to Tensor
         What heads of earlier layers left of these rows, rows first; to be read and added to.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.classifier_heads import LinearHead, View
+    >>> view = View(torch.randn(2, 5, 8), mask=None, layer=3, memory={})
+    >>> LinearHead(8, 3)(view).shape
+    torch.Size([2, 3])
     """
 
     hidden: Tensor
@@ -49,6 +57,15 @@ class Judged(NamedTuple):
         Of the logits.
     features : Tensor or None
         [n, width] what the logits are a linear function of, where a `MetaProbe` will ask for it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.classifier_heads import LinearHead, View
+    >>> with torch.no_grad():
+    ...     judged = LinearHead(8, 3).judge(View(torch.randn(2, 5, 8), None, 3, {}))
+    >>> judged.logits.shape, torch.equal(judged.stats.argmax, judged.logits.argmax(-1))
+    (torch.Size([2, 3]), True)
     """
 
     logits: Tensor
@@ -89,6 +106,18 @@ class ClassifierHead(nn.Module):
         Size of what ``out`` reads; default D.
     probe : Probe, optional
         Of this exit's own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.classifier_heads import ClassifierHead, ClassifierHeads
+    >>> class LargestHead(ClassifierHead):
+    ...     def features(self, view):
+    ...         seen = view.hidden
+    ...         return (seen if view.mask is None else seen.masked_fill(view.mask[..., None] == 0, -torch.inf)).amax(1)
+    >>> heads = ClassifierHeads({1: LargestHead(8, 3)})
+    >>> heads.logits([torch.randn(2, 5, 8)] * 4, None)[1].shape
+    torch.Size([2, 3])
     """
 
     translator = None

@@ -83,6 +83,14 @@ class GlobalMaps(nn.Module):
     hidden_size, classes : int
     layers : int
         Depth L of the model.
+
+    Examples
+    --------
+    >>> from exeunt.classifier_heads import GlobalMaps, PastFutureHead
+    >>> maps = GlobalMaps(8, 3, layers=4)
+    >>> heads = [PastFutureHead(8, 3, layer=e, layers=4, maps=maps) for e in range(3)]
+    >>> heads[0].maps is heads[2].maps, len(maps.future)
+    (True, 4)
     """
 
     def __init__(self, hidden_size: int, classes: int, layers: int) -> None:

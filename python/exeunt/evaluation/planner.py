@@ -234,6 +234,18 @@ class Plan:
         That of a rule which leaves at the first exit that agrees with full depth, and checks for nothing.
     sentences : tuple of str
         What follows, in words.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.evaluation import Costs, plan
+    >>> from exeunt.replay import Recording
+    >>> g = torch.Generator().manual_seed(0)
+    >>> recording = Recording.of_logits(4 * torch.randn(600, 1, 3, generator=g) + torch.randn(600, 6, 3, generator=g))
+    >>> cheap = Costs(batch=1, layers=6, stock=7.0, layer=1.0, check=0.1, leave=0.0)
+    >>> advice = plan(recording, cheap, consistency=0.9, points=5, only=lambda name: name == "shallow_deep")
+    >>> advice.recipe.confidence.name, 1 < advice.ratio < advice.oracle, advice.replayed.consistency > 0.85
+    ('max_prob', True, True)
     """
 
     recipe: Recipe | None

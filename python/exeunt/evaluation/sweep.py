@@ -61,6 +61,15 @@ def families(recording: Recording) -> dict[str, Family]:
     """For each recipe that applies, a function of how strict it is to be, from 0 to 1, that makes it.
 
     Thresholds are quantiles of the recorded scores, so that they lie where the scores do.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.evaluation.sweep import families
+    >>> from exeunt.replay import Recording
+    >>> make = families(Recording.of_logits(torch.randn(200, 6, 3)))["shallow_deep"]
+    >>> make(0.2).policy.value < make(0.8).policy.value
+    True
     """
     return dict(_tokens(recording) if recording.positions is not None else _rows(recording))
 

@@ -45,13 +45,47 @@ _counting = _Counting()
 
 
 def counting(counter: Counter[str] | None) -> None:
-    """Count this thread's calls, by what served them, in ``counter`` from now on; None: nowhere."""
+    """Count this thread's calls, by what served them, in ``counter`` from now on; None: nowhere.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from collections import Counter
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import register_attention
+    >>> from exeunt.models.attention import counting
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, attn_implementation=register_attention())).eval()
+    >>> calls = Counter()
+    >>> counting(calls)
+    >>> with torch.no_grad():
+    ...     out = model(torch.tensor([[3, 5, 7]]))
+    >>> counting(None)
+    >>> calls.total()  # one a layer
+    4
+    """
     _counting.here = counter
 
 
 @contextmanager
 def counted(counter: Counter[str]) -> Iterator[None]:
-    """Count this thread's calls in ``counter`` inside of the block, as :func:`counting` does, and not elsewhere."""
+    """Count this thread's calls in ``counter`` inside of the block, as :func:`counting` does, and not elsewhere.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from collections import Counter
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import register_attention
+    >>> from exeunt.models.attention import counted
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, attn_implementation=register_attention()))
+    >>> calls = Counter()
+    >>> with counted(calls):
+    ...     out = model(torch.tensor([[3, 5, 7]]))
+    >>> calls
+    Counter({'torch: gradients': 4})
+    """
     before, _counting.here = _counting.here, counter
     try:
         yield
@@ -99,12 +133,28 @@ def register_attention() -> str:
 
 
 def is_ranges(mask: Any) -> TypeGuard[Tensor]:
-    """Whether a layer's mask is a range of keys for each row."""
+    """Whether a layer's mask is a range of keys for each row.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models.attention import is_ranges
+    >>> is_ranges(torch.tensor([0, 5])[None, None, None]), is_ranges(torch.ones(1, 1, 1, 5, dtype=torch.bool))
+    (True, False)
+    """
     return isinstance(mask, Tensor) and mask.dtype in (torch.int64, torch.int32)
 
 
 def spelled_out(ranges: Tensor, keys: int, count: int = 1) -> Tensor:
-    """[B, 1, count or 1, keys] bool of what each row's last ``count`` tokens see, True is seen."""
+    """[B, 1, count or 1, keys] bool of what each row's last ``count`` tokens see, True is seen.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models.attention import spelled_out
+    >>> spelled_out(torch.tensor([1, 4])[None, None, None], keys=5).int()  # keys 1 to 3 of five
+    tensor([[[[0, 1, 1, 1, 0]]]], dtype=torch.int32)
+    """
     at = torch.arange(keys, device=ranges.device)
     seen = (at >= ranges[..., -2:-1]) & (at < ranges[..., -1:])
     if ranges.dtype == torch.int64 and count > 1:
@@ -130,6 +180,14 @@ def attend_apart(mask: Any, rows: Tensor, ends: Tensor, seen: Tensor) -> Tensor 
     -------
     Tensor or None
         [n, 1, 1, 3] int64; None if the mask is of another form.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models.attention import attend_apart
+    >>> rows, ends = torch.tensor([0, 2]), torch.tensor([6, 6])
+    >>> attend_apart(None, rows, ends, seen=torch.tensor([6, 4])).tolist()
+    [[[[0, 0, 6]]], [[[2, 2, 6]]]]
     """
     if mask is None:
         starts = ends - seen

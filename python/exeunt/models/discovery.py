@@ -111,7 +111,17 @@ class _Trace(NamedTuple):
 
 
 def trial_forward(model: Any, batch: int, tokens: int, **kwargs: Any) -> Any:
-    """A forward of made-up tokens, of the decoder alone where there is an encoder."""
+    """A forward of made-up tokens, of the decoder alone where there is an encoder.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import trial_forward
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> trial_forward(model, batch=2, tokens=3).logits.shape
+    torch.Size([2, 3, 64])
+    """
     weight = model.get_output_embeddings().weight
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), weight.device)
     vocabulary = weight.shape[0]
@@ -241,7 +251,16 @@ def _check_layers(model: Any, trace: _Trace, batched: dict[str, int]) -> None:
 
 
 def near(got: Tensor, want: Tensor) -> bool:
-    """Equal up to the rounding of products of another height."""
+    """Equal up to the rounding of products of another height.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import near
+    >>> want = torch.tensor([1.0, 100.0])
+    >>> near(want + 0.001, want), near(want + 0.1, want)
+    (True, False)
+    """
     if got.shape != want.shape:
         return False
     tolerance = max(1e-4, 8 * torch.finfo(want.dtype).eps)

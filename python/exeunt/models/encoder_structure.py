@@ -53,6 +53,17 @@ class EncoderStructure:
         Whether the logits are those of every token.
     apart : tuple of int
         Layers behind which the model does more than call the next one.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from exeunt.models import discover_encoder
+    >>> found = discover_encoder(BertForSequenceClassification(BertConfig(vocab_size=64, hidden_size=16,
+    ...     intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=40)))
+    >>> len(found.layers), found.first_exit, found.classes, found.longest
+    (4, 0, 2, 40)
+    >>> type(found.output).__name__
+    'Linear'
     """
 
     model: Any
@@ -75,6 +86,17 @@ class Layout:
     ----------
     axes : dict
         By argument, and place in it where it is a tuple: ``"row"``, ``"place"`` or None for each axis.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models.encoder_structure import Layout
+    >>> layout = Layout()
+    >>> layout.note(("attention_mask",), torch.ones(2, 1, 1, 5), torch.ones(3, 1, 1, 7))  # 2 rows of 5, 3 of 7
+    >>> layout.axes
+    {('attention_mask',): ('row', None, None, 'place')}
+    >>> layout.pick(("attention_mask",), torch.ones(4, 1, 1, 9), torch.tensor([0, 3]), 6, whole=(4, 9)).shape
+    torch.Size([2, 1, 1, 6])
     """
 
     axes: dict[tuple[Any, ...], tuple[str | None, ...]] = field(default_factory=dict)
@@ -327,7 +349,18 @@ def _check_alone(calls: list[_Call], layout: Layout, size: tuple[int, int], name
 
 
 def watched(structure: EncoderStructure) -> list[tuple[tuple[int, int], Tensor, list[_Call]]]:
-    """For two sizes of a batch: the size, the mask [B, S], and the calls of all layers."""
+    """For two sizes of a batch: the size, the mask [B, S], and the calls of all layers.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from exeunt.models import discover_encoder
+    >>> from exeunt.models.encoder_structure import watched
+    >>> structure = discover_encoder(BertForSequenceClassification(BertConfig(vocab_size=64, hidden_size=16,
+    ...     intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)))
+    >>> [(size, list(mask.shape), len(calls)) for size, mask, calls in watched(structure)]
+    [((2, 5), [2, 5], 4), ((3, 7), [3, 7], 4)]
+    """
     stack = list(structure.layers)
     found = []
     for size in _SIZES:

@@ -28,7 +28,16 @@ _TOKENS = 4
 
 
 def rotary_of(arguments: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Rotary tables among the arguments that a stock model passes to a layer: cos and sin, each [B or 1, T, R]."""
+    """Rotary tables among the arguments that a stock model passes to a layer: cos and sin, each [B or 1, T, R].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import rotary_of
+    >>> cos, sin = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+    >>> rotary_of({"position_embeddings": (cos, sin)})[0] is cos, rotary_of({"position_ids": torch.arange(4)})
+    (True, None)
+    """
     pair = arguments.get("position_embeddings")
     return pair if isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair) else None
 

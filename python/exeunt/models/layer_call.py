@@ -35,6 +35,17 @@ class RowTaker:
         Rows of the batch.
     batched : mapping of str to int, optional
         ``Structure.batched``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import RowTaker
+    >>> take, mask, rows = RowTaker(batch=3), torch.tensor([[1], [2], [3]]), torch.tensor([0, 2])
+    >>> take(mask, rows)
+    tensor([[1],
+            [3]])
+    >>> take(mask, rows) is take(mask, rows)  # picked once for all layers
+    True
     """
 
     def __init__(self, batch: int, batched: Mapping[str, int] | None = None) -> None:
@@ -78,6 +89,14 @@ class KeyValues(NamedTuple):
         As the stock layer computed them.
     layer : int
         Place in the cache of the layer that they are for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import KeyValues
+    >>> own = KeyValues(torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 8), layer=3)
+    >>> own.keys.shape, own.layer
+    (torch.Size([2, 4, 1, 8]), 3)
     """
 
     keys: Tensor
@@ -106,6 +125,20 @@ class LayerCall:
     apart : bool
         Whether the layer attends to rows of the cache as it lies, named by its mask (:mod:`exeunt.models.attention`):
         then it is to be given the keys and values of all rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import LayerCall, LayerFunction, RowTaker, stand_in
+    >>> decoder = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval().model
+    >>> hidden, layer = torch.randn(2, 1, 32), LayerFunction(decoder.layers[1])  # the fourth token of two rows
+    >>> arguments = {"position_embeddings": decoder.rotary_emb(hidden, torch.tensor([[3]]))}
+    >>> call = LayerCall(layer, hidden, arguments, RowTaker(2), stand_in(DynamicCache(), length=3))
+    >>> own = call.pick(torch.tensor([1])).capture()  # keys and values of the second row alone
+    >>> own.keys.shape, own.layer
+    (torch.Size([1, 2, 1, 8]), 1)
     """
 
     __slots__ = ("apart", "arguments", "cache", "forward", "hidden", "take")
@@ -233,6 +266,13 @@ def spread(value: Any, rows: Tensor, batch: int, before: Any = None) -> Any:
     The counterpart of :class:`RowTaker`, for what a layer hands on to later ones beside its output (T5's position
     bias). The others' places hold what the last layer that ran them returned, ``before``: they may run later. A first
     dimension of one serves any row and stays.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import spread
+    >>> spread(torch.tensor([[1.0], [2.0]]), torch.tensor([0, 2]), batch=3, before=torch.full((3, 1), 9.0)).flatten()
+    tensor([1., 9., 2.])
     """
     if isinstance(value, tuple):
         earlier = before if isinstance(before, tuple) else [None] * len(value)
@@ -246,7 +286,16 @@ def spread(value: Any, rows: Tensor, batch: int, before: Any = None) -> Any:
 
 
 def stand_in(cache: Any, length: int) -> Any:
-    """An object of the cache's class that says how long the cache is and holds nothing."""
+    """An object of the cache's class that says how long the cache is and holds nothing.
+
+    Examples
+    --------
+    >>> from transformers import DynamicCache
+    >>> from exeunt.models import stand_in
+    >>> husk = stand_in(DynamicCache(), length=7)
+    >>> type(husk).__name__, husk.get_seq_length(), husk.layers
+    ('DynamicCache', 7, [])
+    """
     own = own_cache(cache)
     husk = copy.copy(own)
     husk.layers = []
@@ -259,7 +308,16 @@ def stand_in(cache: Any, length: int) -> Any:
 
 
 def own_cache(cache: Any) -> Any:
-    """The cache of self-attention: of an encoder-decoder's two, the one that grows."""
+    """The cache of self-attention: of an encoder-decoder's two, the one that grows.
+
+    Examples
+    --------
+    >>> from transformers import DynamicCache, EncoderDecoderCache
+    >>> from exeunt.models import own_cache
+    >>> own = DynamicCache()
+    >>> own_cache(own) is own, own_cache(EncoderDecoderCache(own, DynamicCache())) is own
+    (True, True)
+    """
     return getattr(cache, "self_attention_cache", cache)
 
 
@@ -300,6 +358,14 @@ def hide_keys(arguments: dict[str, Any], absent: Tensor, new: int) -> dict[str, 
         [B, K] bool: keys that the layer must not see.
     new : int
         How many tokens attend to them, the last ones.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import hide_keys
+    >>> mask, absent = torch.ones(1, 1, 1, 4, dtype=torch.bool), torch.tensor([[False, True, False, False]])
+    >>> hide_keys({"attention_mask": mask}, absent, new=1)["attention_mask"]
+    tensor([[[[ True, False,  True,  True]]]])
     """
     hidden, count = absent[:, None, None, :], absent.shape[1]
     changed = dict(arguments)
@@ -331,6 +397,18 @@ class LayerFunction:
     ----------
     layer : nn.Module
         The decoder layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models import CACHE_KEYWORD, LayerFunction
+    >>> class Layer(torch.nn.Module):
+    ...     def forward(self, x, layer_past=None):
+    ...         return x, layer_past
+    >>> function = LayerFunction(Layer())
+    >>> hidden, arguments = function.bind((torch.ones(1), "a cache"), {})
+    >>> arguments == {CACHE_KEYWORD: "a cache"}, function(hidden, **arguments)
+    (True, (tensor([1.]), 'a cache'))
     """
 
     def __init__(self, layer: Any) -> None:

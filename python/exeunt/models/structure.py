@@ -17,14 +17,33 @@ __all__ = ["FinalNorm", "HeadForm", "Structure", "eps_of", "evaluating", "told"]
 
 
 def told(reason: Exception) -> str:
-    """The kind of an exception and the first line of what it says, for a sentence of ours."""
+    """The kind of an exception and the first line of what it says, for a sentence of ours.
+
+    Examples
+    --------
+    >>> from exeunt.models.structure import told
+    >>> told(ValueError("no such layer\\nand more"))
+    'ValueError: no such layer'
+    """
     first, _, _ = str(reason).partition("\n")
     return f"{type(reason).__name__}: {first}"
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; every module goes back to its own mode afterwards."""
+    """The model in evaluation mode; every module goes back to its own mode afterwards.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from exeunt.models import evaluating
+    >>> model = nn.Dropout()
+    >>> with evaluating(model):
+    ...     model.training
+    False
+    >>> model.training
+    True
+    """
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -35,7 +54,15 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def eps_of(norm: Any) -> float | None:
-    """The eps of a norm, whatever its family calls it; None where it has none."""
+    """The eps of a norm, whatever its family calls it; None where it has none.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from exeunt.models.structure import eps_of
+    >>> eps_of(nn.LayerNorm(8, eps=1e-6)), eps_of(nn.Linear(8, 8))
+    (1e-06, None)
+    """
     return next((float(getattr(norm, k)) for k in ("variance_epsilon", "eps") if hasattr(norm, k)), None)
 
 
@@ -53,6 +80,15 @@ class FinalNorm:
         The norm itself.
     offset : float
         Added to its weight before it multiplies (1 for Gemma's norms).
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import discover
+    >>> norm = discover(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))).final_norm
+    >>> norm.kind, norm.eps, norm.weight.shape, norm.bias
+    ('rms', 1e-06, torch.Size([32]), None)
     """
 
     kind: str
@@ -88,6 +124,17 @@ class HeadForm:
         Bound by tanh (Gemma 2).
     bias : str or None
         Name of the model's own buffer that is added to the output (BART, Marian), never together with a scale.
+
+    Examples
+    --------
+    >>> from transformers import GraniteConfig, GraniteForCausalLM
+    >>> from exeunt.models import discover
+    >>> form = discover(GraniteForCausalLM(GraniteConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0))).form
+    >>> form
+    HeadForm(before=1.0, scale=0.125, softcap=None, bias=None)
+    >>> form.plain
+    False
     """
 
     before: float = 1.0
@@ -124,6 +171,18 @@ class Structure:
     batched : mapping of str to int
         Arguments of the layers whose first dimension is not the batch: how many times the batch it is, 0 for none of
         it (MPT's alibi). Everything else that has the batch first is picked by rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import discover
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> structure, hidden = discover(model), torch.randn(3, 32)  # what some layer gave
+    >>> stats = structure.exit_stats(hidden)
+    >>> torch.equal(stats.argmax, model.lm_head(model.model.norm(hidden)).argmax(-1))
+    True
     """
 
     model: Any

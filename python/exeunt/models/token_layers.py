@@ -34,6 +34,15 @@ class Tokens:
         [R+1] int64: tokens ``bounds[r]`` to ``bounds[r+1]`` are those of the r-th row that runs.
     active : Tensor or None
         [m] int64, ascending; None for all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models.token_layers import Tokens
+    >>> row, position = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1])
+    >>> tokens = Tokens(row, position, bounds=torch.tensor([0, 3, 5]), active=torch.tensor([1, 4]))
+    >>> tokens.of_active(position), tokens.queries
+    (tensor([1, 1]), tensor([0, 1, 2]))
     """
 
     row: Tensor
@@ -94,6 +103,25 @@ class TokenLayer:
     ----------
     layer : nn.Module
         The stock layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.models.token_layers import TokenLayer, Tokens
+    >>> class Attention(TokenLayer):
+    ...     heads, head_dim = 2, 4
+    ...
+    ...     def keys_values(self, hidden, arguments, tokens):
+    ...         return hidden.view(-1, 2, 4), hidden.view(-1, 2, 4)
+    ...
+    ...     def queries(self, hidden, arguments, tokens):
+    ...         return hidden.view(-1, 2, 4)
+    ...
+    ...     def finish(self, context, hidden):
+    ...         return hidden + context, hidden
+    >>> tokens = Tokens(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0, 2]), active=torch.tensor([1]))
+    >>> Attention(None)(torch.ones(2, 8), {}, tokens)[0]
+    tensor([[2., 2., 2., 2., 2., 2., 2., 2.]])
     """
 
     heads: int

@@ -32,6 +32,16 @@ class KVLayer:
         [D], of the norm before the projections.
     key_norm : Tensor, optional
         [Dh] or [Hkv, Dh], weight of a norm over each head's keys, before the rotary embedding.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.ops import KVLayer, KVStack
+    >>> fused = torch.randn(3 * 2 * 16, 64)  # queries, keys and values of 2 heads of 16
+    >>> _, key, value = (part.unflatten(0, (2, 16)) for part in fused.chunk(3))
+    >>> layer = KVLayer(key, value, norm_weight=torch.ones(64))
+    >>> KVStack([layer], norm="rms")
+    KVStack(1 layers, D=64, Hkv=2, Dh=16, torch.float32)
     """
 
     key: Tensor

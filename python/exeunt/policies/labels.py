@@ -220,7 +220,17 @@ class Window(Policy):
 
 
 def agrees(state: State, seen: Evidence) -> Tensor:
-    """Whether the label is that of the exit before; notes it for the next."""
+    """Whether the label is that of the exit before; notes it for the next.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.policies import Evidence
+    >>> from exeunt.policies.labels import agrees
+    >>> state = {"label": torch.tensor([2, 0, -1])}
+    >>> agrees(state, Evidence(label=torch.tensor([2, 1, -1]))), state["label"]
+    (tensor([ True, False, False]), tensor([ 2,  1, -1]))
+    """
     assert seen.label is not None
     same = (seen.label == state["label"]) & (seen.label >= 0)
     state["label"] = seen.label

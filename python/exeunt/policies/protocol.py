@@ -37,6 +37,15 @@ class Position(NamedTuple):
         New tokens that this generation has already produced (the first one comes from the prompt itself).
     limit : int or None
         New tokens that it may produce at most, None where nobody said.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.policies import At, Decay, Evidence, Position, Threshold
+    >>> policy = Threshold(0.8, Decay(tau=4.0))  # stricter for the first tokens
+    >>> seen = Evidence(torch.tensor([0.8]))
+    >>> [bool(policy.step({}, seen, At(0, 3, 2, Position(produced, limit=100)))) for produced in (1, 50)]
+    [False, True]
     """
 
     produced: int
@@ -56,6 +65,13 @@ class At(NamedTuple):
         Number of exits, full depth not counted.
     position : Position or None
         In a generation: which token this is.
+
+    Examples
+    --------
+    >>> from exeunt.policies import At
+    >>> exits = (3, 7)  # of a model with 12 layers
+    >>> [At(k, layer, len(exits)).last for k, layer in enumerate((*exits, 11))]
+    [False, False, True]
     """
 
     exit: int
@@ -84,6 +100,14 @@ class Evidence(NamedTuple):
         [n, C] float32; C is 1 for regression.
     truth : Tensor or None
         [n] int64, what an oracle knows: the right label, or that of full depth.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.policies import Evidence
+    >>> seen = Evidence(torch.tensor([0.4, 0.95]), label=torch.tensor([2, 0]))
+    >>> seen.take(seen.score > 0.9)
+    Evidence(score=tensor([0.9500]), label=tensor([0]), prob=None, logits=None, truth=None)
     """
 
     score: Tensor | None = None
@@ -99,7 +123,23 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies: what a rule is unless it says otherwise."""
+    """Base of all policies: what a rule is unless it says otherwise.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> from exeunt.policies import At, Evidence, Policy
+    >>> @dataclass(frozen=True)
+    ... class Loosening(Policy):
+    ...     first: float
+    ...     by: float
+    ...
+    ...     def step(self, state, seen, at):
+    ...         return seen.score >= self.first - self.by * at.exit
+    >>> [Loosening(0.9, 0.1).step({}, Evidence(torch.tensor([0.85])), At(k, 4 * k + 3, 2)) for k in range(2)]
+    [tensor([False]), tensor([True])]
+    """
 
     @property
     def needs(self) -> frozenset[str]:

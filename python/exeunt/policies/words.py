@@ -61,6 +61,18 @@ class WordPolicy(Policy):
         Which pieces of a word stop with it; those that do not go on until their text ends.
     transitions : Tensor, optional
         [C, C] bool, whether label b may follow label a: rules out labels of a word next to one that has halted.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> from exeunt.policies import At, Evidence, WordPolicy
+    >>> @dataclass(frozen=True)
+    ... class Alone(WordPolicy):
+    ...     def step(self, state, seen, at):
+    ...         return seen.score > self.value
+    >>> Alone(0.9).step({}, Evidence(torch.tensor([0.95, 0.85])), At(exit=1, layer=5, exits=2))
+    tensor([ True, False])
     """
 
     value: float | tuple[float, ...]

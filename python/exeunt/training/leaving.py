@@ -132,6 +132,17 @@ def frozen_after(layers: Iterable[nn.Module], left: Tensor) -> Iterator[None]:
         All decoder layers, in order.
     left : Tensor
         [B, S] int64, the 0-based layer after which each token leaves.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training.leaving import frozen_after
+    >>> layers = [torch.nn.Linear(1, 1, bias=False) for _ in range(3)]
+    >>> for layer in layers:
+    ...     _ = torch.nn.init.constant_(layer.weight, 2.0)
+    >>> with torch.no_grad(), frozen_after(layers, torch.tensor([[0, 2]])):  # the first token leaves after layer 0
+    ...     torch.nn.Sequential(*layers)(torch.ones(1, 2, 1)).flatten()
+    tensor([2., 8.])
     """
 
     def freeze(layer: int) -> Any:

@@ -246,7 +246,23 @@ def fit(
 
 
 class Checkpoint:
-    """The state of a run in one file: trainable parameters, optimizers, number of steps done, smoothed loss."""
+    """The state of a run in one file: trainable parameters, optimizers, number of steps done, smoothed loss.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from pathlib import Path
+    >>> from exeunt.training.loop import Checkpoint, adamw
+    >>> module = torch.nn.Linear(2, 1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     runs = [Checkpoint(Path(folder, "run"), module, adamw(module, 1e-3), {"data": "a"}) for _ in range(2)]
+    ...     runs[0].resume(steps=10)  # there is nothing yet
+    ...     runs[0].advance(loss=0.5)
+    ...     runs[0].write(runs[0].path)
+    ...     runs[1].resume(steps=10)
+    >>> runs[1].step, runs[1].loss
+    (1, 0.5)
+    """
 
     def __init__(
         self,

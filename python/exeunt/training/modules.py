@@ -32,6 +32,19 @@ class Joint(nn.Module):
         What the exits have of their own.
     bf16 : bool, default False
         Compute in bfloat16 (autocast); parameters stay as they are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.training import Joint, parse
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> joint = Joint(model, [1], parse("ce + 0.5*kl", [1, 3]))
+    >>> loss = joint(torch.randint(64, (2, 9)))
+    >>> loss.backward()
+    >>> loss.shape, joint.measured(torch.randint(64, (2, 9)))[1][1].shape
+    (torch.Size([]), torch.Size([16]))
     """
 
     def __init__(
@@ -90,6 +103,20 @@ class Recorded(nn.Module):
     objective : Objective
     length : int, default 1
         The N tokens are sequences of so many, for heads that look at the tokens before.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.heads import ExitHead, ExitHeads, Translator
+    >>> from exeunt.models import discover
+    >>> from exeunt.training import Recorded, parse
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).requires_grad_(False)
+    >>> recorded = Recorded(discover(model), ExitHeads({1: ExitHead(Translator(32))}), parse("kl", [1, 3]))
+    >>> recorded((torch.randn(6, 2, 32), torch.randint(64, (6,)))).backward()
+    >>> recorded.heads[1].translator.down.weight.grad.shape
+    torch.Size([32, 64])
     """
 
     def __init__(self, structure: Structure, heads: ExitHeads, objective: Objective, length: int = 1) -> None:
@@ -137,7 +164,21 @@ def check_exits(exits: Iterable[int], layers: int) -> tuple[int, ...]:
 
 @contextmanager
 def watch(structure: Structure | EncoderStructure, exits: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """A mapping that every forward fills with the states after these layers, [B, S, D]."""
+    """A mapping that every forward fills with the states after these layers, [B, S, D].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.models import discover
+    >>> from exeunt.training.modules import watch
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2))
+    >>> with watch(discover(model), [0, 2]) as states:
+    ...     out = model(torch.tensor([[3, 5, 7]]))
+    >>> {layer: list(state.shape) for layer, state in states.items()}
+    {0: [1, 3, 32], 2: [1, 3, 32]}
+    """
     states: dict[int, Tensor] = {}
 
     def keep(exit: int) -> Callable[..., None]:

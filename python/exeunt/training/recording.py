@@ -40,6 +40,19 @@ class Recording:
         Tokens of a sequence; the tokens of sequence k are ``k * length`` to ``(k + 1) * length - 1``.
     about : dict
         Fingerprints of model and data.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from exeunt.training import record
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recording = record(model, torch.randint(64, (3, 9)), [1], folder, progress=False)
+    ...     states, labels = recording.batches(6)(0)  # the batch of step 0
+    >>> states.shape, labels.shape
+    (torch.Size([6, 2, 32]), torch.Size([6]))
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], exits: Iterable[int]) -> None:
@@ -205,6 +218,17 @@ def tracked(things: list[int], title: str, progress: bool) -> Iterable[int]:
 
 
 def weights_digest(model: Any) -> str:
-    """Fingerprint of a model's parameters: 16 hexadecimal digits."""
+    """Fingerprint of a model's parameters: 16 hexadecimal digits.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training.recording import weights_digest
+    >>> layer = torch.nn.Linear(4, 2)
+    >>> before = weights_digest(layer)
+    >>> _ = torch.nn.init.zeros_(layer.weight)
+    >>> len(before), weights_digest(layer) == before
+    (16, False)
+    """
     plain = (p.detach().cpu().contiguous().flatten() for p in model.parameters())
     return digest(*(p.view(torch.uint8).numpy() for p in plain))

@@ -48,6 +48,15 @@ class Depth(NamedTuple):
         [V, D] of the head.
     bias : Tensor or None
         [V] of the head.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import Depth
+    >>> hidden, norm, head = torch.randn(4, 8), torch.nn.RMSNorm(8), torch.nn.Linear(8, 10, bias=False)
+    >>> depth = Depth(hidden, norm(hidden), head.weight)
+    >>> depth.state.shape, depth.bias
+    (torch.Size([4, 8]), None)
     """
 
     raw: Tensor
@@ -57,7 +66,22 @@ class Depth(NamedTuple):
 
 
 class LogitTerm(Protocol):
-    """A term that is a sum over rows of a function of their logits."""
+    """A term that is a sum over rows of a function of their logits.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import Depth, Objective
+    >>> class ConfidencePenalty:
+    ...     needs_labels = False
+    ...
+    ...     def rows(self, log_p, p, labels):
+    ...         gradients = {e: p[e] * (log_p[e] - (p[e] * log_p[e]).sum(-1, keepdim=True)) for e in p}
+    ...         return sum((p[e] * log_p[e]).sum() for e in p), gradients
+    >>> depths = {e: Depth(h := torch.zeros(4, 8), h, torch.randn(10, 8)) for e in (1, 3)}
+    >>> Objective(ConfidencePenalty())(depths, None)[0]  # minus the entropy: log 10 at each of two depths
+    tensor(-4.6052)
+    """
 
     needs_labels: bool
 
@@ -85,7 +109,19 @@ class LogitTerm(Protocol):
 
 
 class StateTerm(Protocol):
-    """A term on states, differentiated by autograd."""
+    """A term on states, differentiated by autograd.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import Depth, Distillation, Objective
+    >>> class Size:
+    ...     def __call__(self, depths, agrees, heads):
+    ...         return 0.01 * sum(depths[e].raw.square().mean() for e in agrees)
+    >>> depths = {e: Depth(h := torch.ones(4, 8), h, torch.ones(10, 8)) for e in (1, 3)}
+    >>> Objective(Distillation(), Size())(depths, None)[0]
+    tensor(0.0100)
+    """
 
     def __call__(self, depths: Mapping[int, Depth], agrees: Mapping[int, Tensor], heads: ExitHeads | None) -> Tensor:
         """Scalar value; `agrees` holds for each exit [N] whether its token is the full-depth one."""
@@ -212,6 +248,16 @@ class ProbeLoss:
     weight : float, default 1.0
     balanced : bool, default True
         False: plain mean over the rows, after which the probe's value is a probability.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.heads import ExitHead, ExitHeads, Probe
+    >>> from exeunt.training import Depth, ProbeLoss
+    >>> heads = ExitHeads({1: ExitHead(probe=Probe(8))})  # a fresh probe answers 0.5
+    >>> depths = {1: Depth(h := torch.randn(3, 8), h, torch.randn(10, 8))}
+    >>> round(ProbeLoss()(depths, {1: torch.tensor([True, True, False])}, heads).item(), 3)
+    0.693
     """
 
     weight: float = 1.0
@@ -242,6 +288,15 @@ class LayerwiseDistillation:
     Attributes
     ----------
     weight : float, default 1.0
+
+    Examples
+    --------
+    >>> import torch
+    >>> from exeunt.training import Depth, LayerwiseDistillation
+    >>> head, final = torch.randn(10, 8), torch.randn(4, 8)
+    >>> same, opposite = ({1: Depth(h, h, head), 3: Depth(final, final, head)} for h in (2 * final, -final))
+    >>> [round(LayerwiseDistillation()(depths, {}, None).item(), 3) for depths in (same, opposite)]
+    [0.0, 4.0]
     """
 
     weight: float = 1.0
