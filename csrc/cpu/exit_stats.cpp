@@ -122,11 +122,12 @@ void exit_stats(const ExitStatsParams& p) {
       if (!plain) isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
     }
     for (int64_t i, end; runs.next(i, end);)
-      for (; i < end; ++i) {
+      for (int64_t next; i < end; i = next) {
+        next = shares > 1 ? i + 1 : end;
         const int64_t c = i / shares, begin = c * layout.chunk, first = i % shares * share;
-        isa.exit_stats_chunk({&p, x, plain, out_rows, begin, std::min(begin + layout.chunk, p.vocab), first,
-                              std::min(first + share, live), panel, partials + c, topk + c * p.topk, drawn + c,
-                              layout.chunks});
+        isa.exit_stats_chunks({&p, x, plain, out_rows, begin, std::min(begin + (next - i) * layout.chunk, p.vocab),
+                               layout.chunk, first, std::min(first + share, live), panel, partials + c,
+                               topk + c * p.topk, drawn + c, layout.chunks});
       }
 #pragma omp barrier
 #pragma omp for schedule(static)

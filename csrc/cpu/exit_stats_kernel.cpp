@@ -1,4 +1,4 @@
-// exit_stats, one vocabulary chunk: the streaming product with statistics as its epilogue.
+// exit_stats, some vocabulary chunks: the streaming product with statistics as its epilogue.
 //
 //   head chunk            for each group of four tiles of 16 vocabulary rows (product.h): 64 products z of each hidden
 //   +-----------+         row, in L1
@@ -120,102 +120,136 @@ EXEUNT_INLINE Candidate collect(const LaneDraw& d) {
   return best;
 }
 
-// Entropy or not is known at compile time: what it costs, only who asks for it pays.
+// What a block of hidden rows has seen of a chunk: the epilogue of its product. Entropy or not is known at compile
+// time: what it costs, only who asks for it pays.
 template <bool Entropy>
-EXEUNT_INLINE void chunk(const ExitStatsChunkArgs& a) {
-  const ExitStatsParams& p = *a.p;
-  const bool capped = p.softcap > 0.0f;
-  const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
-  const float gain_out = p.softcap / p.temperature;
-  const int64_t block = product_rows(p.head);
-  IVec lane;
-  for (int l = 0; l < kLanes; ++l) lane[l] = l;
+class Statistics {
+ public:
+  Statistics(const ExitStatsChunksArgs& args, int64_t first, int64_t rows)
+      : a(args), p(*args.p), first(first), rows(rows) {
+    for (int l = 0; l < kLanes; ++l) lane[l] = l;
+    for (int64_t r = 0; r < rows; ++r) start(r);
+  }
 
-  for (int64_t first = a.first_row; first < a.end_row; first += block) {
-    const int64_t rows = a.end_row - first < block ? a.end_row - first : block;
-    alignas(64) LaneStats stats[kMaxRows];
-    float reference[kMaxRows];  // apart: a LaneStats would grow by a vector
-    alignas(64) LaneDraw drawn[kMaxRows];
-    TopK top[kMaxRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      reset(stats[r], reference[r]);
-      drawn[r] = {splat(-kInf), IVec{} - 1};
-      for (Candidate& c : top[r].list) c = candidate_none();
+  Epilogue epilogue() {
+    return {[](void* self, const Group& g, const Ahead&) { static_cast<Statistics*>(self)->begin(g); },
+            [](void* self, const Group& g, int64_t r) { static_cast<Statistics*>(self)->row(g, r); }, this};
+  }
+
+  // A loop over the rows for each thing that is asked, so that what every call needs runs without branches.
+  void begin(const Group& g) {
+    const bool capped = p.softcap > 0.0f;
+    const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
+    const float gain_out = p.softcap / p.temperature;
+    const int tiles = tiles_of(g);
+    alignas(64) float bias[kGroup * kTile];
+    alignas(64) uint32_t vocabulary[kGroup * kTile];
+    for (int i = 0; (p.head_bias.data || p.seeds) && i < tiles * kTile; ++i) {
+      const int64_t at = i < g.count ? g.at + i : g.at, v = p.columns ? p.columns[at] : at;
+      vocabulary[i] = static_cast<uint32_t>(v);
+      bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
     }
-
-    // A loop over the rows for each thing that is asked, so that what every call needs runs without branches.
-    const auto epilogue = [&](int64_t vocab, int count, Products z, const Ahead& ahead) {
-      constexpr int64_t kStride = sizeof z[0] / sizeof(float);
-      const int tiles = (count + kTile - 1) / kTile;
-      alignas(64) float bias[kGroup * kTile];
-      alignas(64) uint32_t vocabulary[kGroup * kTile];
-      for (int i = 0; (p.head_bias.data || p.seeds) && i < tiles * kTile; ++i) {
-        const int64_t at = i < count ? vocab + i : vocab, v = p.columns ? p.columns[at] : at;
-        vocabulary[i] = static_cast<uint32_t>(v);
-        bias[i] = p.head_bias.data ? value_at(p.head_bias.data, p.head_bias.dtype, v * p.head_bias.stride) : 0.0f;
-      }
-      const auto at = [&](int64_t r, int i) { return z[i / kTile][r] + i % kTile; };
-      // use(row, column, z as it is): for every vector of products
-      const auto each = [&](auto use) __attribute__((always_inline)) {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int i = 0; i < tiles * kTile; i += kLanes) use(r, i, load(at(r, i)));
-      };
-      const auto ids_at = [&](int i) { return lane + (static_cast<int32_t>(vocab) + i); };
-      if (p.head_bias.data) each([&](int64_t r, int i, Vec v) { store(at(r, i), v + load(bias + i)); });
-      for (int64_t r = 0; p.logits_out && r < rows; ++r) {
-        const int64_t to = a.out_rows[first + r] * p.logits_stride + vocab;
-        for (int i = 0; i < count; ++i) store_at(p.logits_out, p.logits_dtype, to + i, *at(r, i));
-      }
-      if (capped)
-        each([&](int64_t r, int i, Vec v) {  // but for an infinite product, which is to flag its row
-          store(at(r, i), v - v == 0.0f ? tanh(v * gain_in) * gain_out : v * gain_in);
-        });
-      else if (gain_in != 1.0f)
-        each([&](int64_t r, int i, Vec v) { store(at(r, i), v * gain_in); });
-      if (count % kTile) each([&](int64_t r, int i, Vec v) { store(at(r, i), lane < count - i ? v : splat(-kInf)); });
-
-      for (int64_t r = 0; r < rows; ++r) {
-        ahead.fetch(r);
-        if (tiles == kGroup)
-          push<Entropy>(stats[r], reference[r], z[0][r], kGroup, kStride, ids_at(0));
-        else
-          push<Entropy>(stats[r], reference[r], z[0][r], tiles, kStride, ids_at(0));
-      }
-      if (p.topk) each([&](int64_t r, int i, Vec v) { offer(top[r], p.topk, v, ids_at(i)); });
-      if (p.seeds)
-        each([&](int64_t r, int i, Vec v) {
-          UVec counter;
-          __builtin_memcpy(&counter, vocabulary + i, sizeof counter);
-          draw(drawn[r], v, ids_at(i), counter, static_cast<uint64_t>(p.seeds[first + r]));
-        });
-      for (int64_t r = 0; p.target && r < rows; ++r) {
-        const int64_t i = p.target[first + r] - vocab;
-        if (i >= 0 && i < count) p.target_out[first + r] = *at(r, static_cast<int>(i));
-      }
+    const auto at = [&](int64_t r, int i) { return g.z[i / kTile][r] + i % kTile; };
+    // use(row, column, z as it is): for every vector of products
+    const auto each = [&](auto use) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int i = 0; i < tiles * kTile; i += kLanes) use(r, i, load(at(r, i)));
     };
-    if (a.plain) {
-      alignas(64) float z[1][kProductRows][kTile] = {};
-      dots({a.plain + first * p.width, p.width, p.width, **z, kTile}, rows, p.head, a.begin, a.end);
-      epilogue(a.begin, static_cast<int>(a.end - a.begin), z, {static_cast<const char*>(p.head.data), 0, 0});
-    } else {
-      product({p.head, p.width, p.columns, a.panel, nullptr}, a.begin, a.end, a.x, first, rows, epilogue_of(epilogue));
+    if (p.head_bias.data) each([&](int64_t r, int i, Vec v) { store(at(r, i), v + load(bias + i)); });
+    for (int64_t r = 0; p.logits_out && r < rows; ++r) {
+      const int64_t to = a.out_rows[first + r] * p.logits_stride + g.at;
+      for (int i = 0; i < g.count; ++i) store_at(p.logits_out, p.logits_dtype, to + i, *at(r, i));
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (first + r) * a.partial_stride;
-      a.partials[at] = collect(stats[r], reference[r]);
-      for (int i = 0; i < p.topk; ++i) a.topk[at * p.topk + i] = top[r].list[i];
-      if (p.seeds) a.drawn[at] = collect(drawn[r]);
+    if (capped)
+      each([&](int64_t r, int i, Vec v) {  // but for an infinite product, which is to flag its row
+        store(at(r, i), v - v == 0.0f ? tanh(v * gain_in) * gain_out : v * gain_in);
+      });
+    else if (gain_in != 1.0f)
+      each([&](int64_t r, int i, Vec v) { store(at(r, i), v * gain_in); });
+    if (g.count % kTile) each([&](int64_t r, int i, Vec v) { store(at(r, i), lane < g.count - i ? v : splat(-kInf)); });
+    if (p.topk) each([&](int64_t r, int i, Vec v) { offer(top[r], p.topk, v, ids_at(g, i)); });
+    if (p.seeds)
+      each([&](int64_t r, int i, Vec v) {
+        UVec counter;
+        __builtin_memcpy(&counter, vocabulary + i, sizeof counter);
+        draw(drawn[r], v, ids_at(g, i), counter, static_cast<uint64_t>(p.seeds[first + r]));
+      });
+    for (int64_t r = 0; p.target && r < rows; ++r) {
+      const int64_t i = p.target[first + r] - g.at;
+      if (i >= 0 && i < g.count) p.target_out[first + r] = *at(r, static_cast<int>(i));
+    }
+  }
+
+  void row(const Group& g, int64_t r) {
+    constexpr int64_t kStride = sizeof g.z[0] / sizeof(float);
+    if (tiles_of(g) == kGroup)
+      push<Entropy>(stats[r], reference[r], g.z[0][r], kGroup, kStride, ids_at(g, 0));
+    else
+      push<Entropy>(stats[r], reference[r], g.z[0][r], tiles_of(g), kStride, ids_at(g, 0));
+    const int64_t end = g.at + g.count;
+    if (end == a.end || end % a.chunk == 0) finish(r, (g.at - a.begin) / a.chunk);
+  }
+
+ private:
+  const ExitStatsChunksArgs& a;
+  const ExitStatsParams& p;
+  const int64_t first, rows;
+  IVec lane;
+  LaneStats stats[kMaxRows];
+  float reference[kMaxRows];  // apart: a LaneStats would grow by a vector
+  LaneDraw drawn[kMaxRows];
+  TopK top[kMaxRows];
+
+  static int tiles_of(const Group& g) { return (g.count + kTile - 1) / kTile; }
+  IVec ids_at(const Group& g, int i) const { return lane + (static_cast<int32_t>(g.at) + i); }
+
+  void start(int64_t r) {
+    reset(stats[r], reference[r]);
+    drawn[r] = {splat(-kInf), IVec{} - 1};
+    for (Candidate& c : top[r].list) c = candidate_none();
+  }
+
+  // A row has seen the whole of a chunk.
+  void finish(int64_t r, int64_t chunk) {
+    const int64_t at = (first + r) * a.partial_stride + chunk;
+    a.partials[at] = collect(stats[r], reference[r]);
+    for (int i = 0; i < p.topk; ++i) a.topk[at * p.topk + i] = top[r].list[i];
+    if (p.seeds) a.drawn[at] = collect(drawn[r]);
+    start(r);
+  }
+};
+
+template <bool Entropy>
+EXEUNT_INLINE void chunks(const ExitStatsChunksArgs& a) {
+  const ExitStatsParams& p = *a.p;
+  const int64_t all = a.end_row - a.first_row, most = product_rows(p.head);
+  // Of rows that one product takes all chunks are one stream; others meet each while it is in a cache.
+  const int64_t length = all <= most ? a.end - a.begin : a.chunk;
+  for (int64_t begin = a.begin; begin < a.end; begin += length) {
+    const int64_t end = length < a.end - begin ? begin + length : a.end;
+    for (int64_t first = a.first_row; first < a.end_row; first += most) {
+      const int64_t rows = a.end_row - first < most ? a.end_row - first : most;
+      Statistics<Entropy> statistics(a, first, rows);
+      if (a.plain) {  // which are of one chunk
+        alignas(64) float z[1][kProductRows][kTile] = {};
+        dots({a.plain + first * p.width, p.width, p.width, **z, kTile}, rows, p.head, begin, end);
+        const Group group{begin, static_cast<int>(end - begin), z};
+        statistics.begin(group);
+        for (int64_t r = 0; r < rows; ++r) statistics.row(group, r);
+      } else {
+        product({p.head, p.width, p.columns, a.panel, nullptr}, begin, end, a.x, first, rows, statistics.epilogue());
+      }
     }
   }
 }
 
 }  // namespace
 
-void exit_stats_chunk(const ExitStatsChunkArgs& a) {
+void exit_stats_chunks(const ExitStatsChunksArgs& a) {
   if (a.p->entropy)
-    chunk<true>(a);
+    chunks<true>(a);
   else
-    chunk<false>(a);
+    chunks<false>(a);
 }
 
 }  // namespace exeunt::cpu::EXEUNT_ISA

@@ -56,7 +56,7 @@ bool has_amx() {
    isa::normalise,             \
    isa::rows_bytes,            \
    isa::pack_row,              \
-   isa::exit_stats_chunk,      \
+   isa::exit_stats_chunks,     \
    isa::linear_rows,           \
    isa::kv_fill_pack,          \
    isa::kv_fill_head,          \

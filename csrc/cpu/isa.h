@@ -12,7 +12,7 @@ struct Isa {
   Normalise normalise;
   RowsBytes rows_bytes;
   PackRow pack_row;
-  ExitStatsChunk exit_stats_chunk;
+  ExitStatsChunks exit_stats_chunks;
   LinearRows linear_rows;
   KvFillPack kv_fill_pack;
   KvFillHead kv_fill_head;

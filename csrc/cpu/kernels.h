@@ -19,21 +19,22 @@ struct PackedRows {
   int64_t rows;  // all of them: it tells how they lie
 };
 
-// Partial statistics of vocabulary rows [begin, end) for some of the live rows of `p`.
+// Partial statistics of vocabulary rows [begin, end), which are one chunk or several, for some of the live rows of `p`.
+//   chunk     vocabulary rows of each, but of the last one of all
 //   rows      [first_row, end_row) of x
 //   x         the packed rows, or
 //   plain     the rows [x.rows, width] as they are, where each vocabulary row is multiplied for itself
 //   out_rows  the row of logits_out that each of them writes
 //   panel     scratch for a tile, 64-byte aligned (tile_of() in product.h)
-//   partials  [rows, partial_stride], this chunk's column; so are
+//   partials  [rows, partial_stride] from the first chunk's column on; so are
 //   topk      [rows, partial_stride, p->topk], and
 //   drawn     [rows, partial_stride]
-struct ExitStatsChunkArgs {
+struct ExitStatsChunksArgs {
   const ExitStatsParams* p;
   PackedRows x;
   const float* plain;
   const int64_t* out_rows;
-  int64_t begin, end, first_row, end_row;
+  int64_t begin, end, chunk, first_row, end_row;
   char* panel;
   ExitStats* partials;
   Candidate *topk, *drawn;
@@ -62,7 +63,7 @@ struct LinearArgs {
   int64_t begin, end;
 };
 using LinearRows = void (*)(const LinearArgs&);
-using ExitStatsChunk = void (*)(const ExitStatsChunkArgs&);
+using ExitStatsChunks = void (*)(const ExitStatsChunksArgs&);
 
 // The keys or the values of one head of one layer.
 struct KvHeadArgs {
@@ -74,7 +75,7 @@ struct KvHeadArgs {
   bool keys;
   PackedRows x;
   const char* next;  // what will be read after this head
-  char* panel;       // as in ExitStatsChunkArgs
+  char* panel;       // as in ExitStatsChunksArgs
   float* out;        // scratch [64, kv_head_stride]
 };
 // kv_fill_pack  row n of the layer's input: the standardised row times weight, plus bias, rounded, packed
@@ -97,7 +98,7 @@ using RaggedAttentionMerge = void (*)(const RaggedAttentionParams& p, const Ragg
                  float* x);                                                                                           \
   int64_t rows_bytes(DType weights, WeightForm form, int64_t rows, int64_t width);                                    \
   void pack_row(DType weights, WeightForm form, const float* row, int64_t width, int64_t n, PackedRows x);            \
-  void exit_stats_chunk(const ExitStatsChunkArgs& args);                                                              \
+  void exit_stats_chunks(const ExitStatsChunksArgs& args);                                                            \
   void linear_rows(const LinearArgs& args);                                                                           \
   void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n,       \
                     PackedRows x);                                                                                    \

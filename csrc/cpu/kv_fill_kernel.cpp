@@ -101,14 +101,19 @@ void kv_fill_head(const KvHeadArgs& a) {
       const char* place = static_cast<const char*>(out) + place_of(r) * bytes;
       for (int64_t at = 0; at < p.head_size * bytes; at += kLine) __builtin_prefetch(place + at, 1, 3);
     }
-    const auto epilogue = [&](int64_t at, int count, Products z, const Ahead& ahead) {
+    struct Copy {
+      float* out;
+      int64_t stride, rows;
+    } copy{a.out, stride, rows};
+    const auto begin = [](void* self, const Group& g, const Ahead& ahead) {
       for (int64_t share = 0; share < 8; ++share) ahead.fetch(share);  // for the time that the head's end will take
-      for (int64_t r = 0; r < rows; ++r)
-        for (int t = 0; t * kTile < count; ++t)
-          __builtin_memcpy(a.out + r * stride + at + t * kTile, z[t][r], sizeof z[t][r]);
+      const Copy& to = *static_cast<const Copy*>(self);
+      for (int64_t r = 0; r < to.rows; ++r)
+        for (int t = 0; t * kTile < g.count; ++t)
+          __builtin_memcpy(to.out + r * to.stride + g.at + t * kTile, g.z[t][r], sizeof g.z[t][r]);
     };
     const char* next = first + block < a.x.rows ? static_cast<const char*>(weight.data) : a.next;
-    product({weight, p.width, nullptr, a.panel, next}, 0, p.head_size, a.x, first, rows, epilogue_of(epilogue));
+    product({weight, p.width, nullptr, a.panel, next}, 0, p.head_size, a.x, first, rows, {begin, nullptr, &copy});
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = first + r;
       float* z = a.out + r * stride;

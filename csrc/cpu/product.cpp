@@ -8,7 +8,8 @@
 //   unit             four bytes of a weight row: one float32, two halves, four int8
 //   memory           beside products, later lines of the weight rows are fetched, one row in turn: prefetches that come
 //                    in a burst fill the core's line buffers, and then memory waits
-//   result           z[rows][16] of each tile, handed to the epilogue four tiles at a time while they are in L1
+//   result           z[rows][16] of each tile, handed to the epilogue four tiles at a time while they are in L1: after
+//                    them, or beside the products of the next four
 //
 // Bits: every product of a row and a weight row is a sum in an order that depends on D and on which product multiplies,
 // so a row's result depends neither on its neighbours nor on the thread.
@@ -103,6 +104,33 @@ EXEUNT_INLINE const char* line_of(const Tile& tile, int64_t l) {
   return l < tile.lines ? tile.data + l * tile.line_stride : tile.next + (l - tile.lines) * tile.line_stride;
 }
 
+// The group whose epilogue is under way.
+class Pending {
+ public:
+  Pending(const Epilogue& epilogue, int64_t rows) : epilogue_(epilogue), rows_(epilogue.row ? rows : 0), row_(rows_) {}
+  void begin(const Group& group, const Ahead& ahead) {
+    group_ = group;
+    row_ = 0;
+    epilogue_.begin(epilogue_.self, group_, ahead);
+  }
+  // One more of its rows, if there is one.
+  inline __attribute__((always_inline)) void row() {
+    if (row_ < rows_) epilogue_.row(epilogue_.self, group_, row_++);
+  }
+  void end(const Ahead& ahead) {
+    while (row_ < rows_) {
+      ahead.fetch(row_);
+      row();
+    }
+  }
+
+ private:
+  const Epilogue& epilogue_;
+  const int64_t rows_;
+  int64_t row_;  // the next one
+  Group group_{};
+};
+
 #include "cpu/product_lying.inc"
 #include "cpu/product_turned.inc"
 #if defined(EXEUNT_AMX)
@@ -171,21 +199,26 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
   with_product(weight.dtype, weight.form, [&](auto product) {
     const bool packed = weight.form != WeightForm::lies && !stream.columns;  // the panel has room for one tile
     const int together = packed ? product.packed_tiles(x.rows) : 1;
-    alignas(64) float z[kGroup][kProductRows][kTile];
+    alignas(64) float z[2][kGroup][kProductRows][kTile];  // the second beside the first (kBeside)
     product.begin(x.rows);
-    for (int64_t at = begin; at < end; at += kGroup * kTile) {
+    Pending pending(epilogue, rows);
+    Ahead ahead{};
+    for (int64_t at = begin, group = 0; at < end; at += kGroup * kTile, ++group) {
       const int64_t group_end = end - at < kGroup * kTile ? end : at + kGroup * kTile;
-      Ahead ahead{};
+      const Products to = z[product.kBeside ? group % 2 : 0];
       for (int64_t i = at; i < group_end;) {
         Tile tiles[kGroup];
         int count = 0;
         for (; count < together && i < group_end; ++count, i += kTile)
           tiles[count] = tile_of(stream, i, end, together, stream.panel);
-        const int64_t fetched = product.run(tiles, count, x, first, rows, z + (tiles->at - at) / kTile);
+        const int64_t fetched = product.run(tiles, count, x, first, rows, to + (tiles->at - at) / kTile, pending);
         ahead = {tiles->next + fetched * tiles->line_stride, tiles->row_stride, tiles->line_stride};
       }
-      epilogue.call(epilogue.self, at, static_cast<int>(group_end - at), z, ahead);
+      pending.end(ahead);  // rows that products had no time for
+      pending.begin({at, static_cast<int>(group_end - at), to}, ahead);
+      if (!product.kBeside) pending.end(ahead);
     }
+    pending.end(ahead);
     product.end();
   });
 }

@@ -1,8 +1,8 @@
 // The streaming product: a few hidden rows times a weight that is read once, in tiles of 16 weight rows. What is done
 // with the products is the caller's epilogue. Implemented in product.cpp, which draws the tiling.
 //
-//   product(stream, begin, end, x, first, rows, epilogue);      // epilogue(at, count, z, ahead) for every group of
-//                                                               // tiles of [begin, end)
+//   product(stream, begin, end, x, first, rows, epilogue);      // epilogue.begin() and epilogue.row() for every group
+//                                                               // of tiles of [begin, end)
 #pragma once
 #include "cpu/kernels.h"
 
@@ -37,22 +37,23 @@ struct Ahead {
   }
 };
 
-// Called with the products of weight rows [at, at + count), at most kGroup tiles of them: z[t][r] holds those of tile t
-// and hidden row first + r, and is the epilogue's to change. Beyond `count` lies what has no meaning. Groups are the
-// same whatever the rows are. A plain function: inlined into each shape of the product it would be compiled a dozen
-// times.
-struct Epilogue {
-  void (*call)(const void* self, int64_t at, int count, Products z, const Ahead& ahead);
-  const void* self;
+// Products of weight rows [at, at + count), at most kGroup tiles of them: z[t][r] holds those of tile t and hidden row
+// first + r. Beyond `count` lies what has no meaning.
+struct Group {
+  int64_t at;
+  int count;
+  Products z;
 };
 
-template <class F>
-static inline Epilogue epilogue_of(const F& f) {
-  return {[](const void* self, int64_t at, int count, Products z, const Ahead& ahead) {
-            (*static_cast<const F*>(self))(at, count, z, ahead);
-          },
-          &f};
-}
+// What is done with the products of each group, in their order: begin() once, which may change them, then row() for
+// each hidden row, null if begin() does all. Where tile registers multiply, rows are taken beside the products of the
+// next group. Groups are the same whatever the rows are. Plain functions: inlined into each shape of the product they
+// would be compiled a dozen times.
+struct Epilogue {
+  void (*begin)(void* self, const Group& group, const Ahead& ahead);
+  void (*row)(void* self, const Group& group, int64_t r);
+  void* self;
+};
 
 // Hidden rows that one call of product() may bring.
 int64_t product_rows(const WeightArg& weight);
