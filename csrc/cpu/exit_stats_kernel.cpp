@@ -138,6 +138,9 @@ class Statistics {
 
   // A loop over the rows for each thing that is asked, so that what every call needs runs without branches.
   void begin(const Group& g) {
+    const int64_t end = g.at + g.count;
+    over = end == a.end || end % a.chunk == 0;
+    column = (g.at - a.begin) / a.chunk;
     const bool capped = p.softcap > 0.0f;
     const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
     const float gain_out = p.softcap / p.temperature;
@@ -186,14 +189,15 @@ class Statistics {
       push<Entropy>(stats[r], reference[r], g.z[0][r], kGroup, kStride, ids_at(g, 0));
     else
       push<Entropy>(stats[r], reference[r], g.z[0][r], tiles_of(g), kStride, ids_at(g, 0));
-    const int64_t end = g.at + g.count;
-    if (end == a.end || end % a.chunk == 0) finish(r, (g.at - a.begin) / a.chunk);
+    if (over) finish(r, column);
   }
 
  private:
   const ExitStatsChunksArgs& a;
   const ExitStatsParams& p;
   const int64_t first, rows;
+  bool over = false;
+  int64_t column = 0;
   IVec lane;
   LaneStats stats[kMaxRows];
   float reference[kMaxRows];  // apart: a LaneStats would grow by a vector

@@ -199,13 +199,14 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
   with_product(weight.dtype, weight.form, [&](auto product) {
     const bool packed = weight.form != WeightForm::lies && !stream.columns;  // the panel has room for one tile
     const int together = packed ? product.packed_tiles(x.rows) : 1;
-    alignas(64) float z[2][kGroup][kProductRows][kTile];  // the second beside the first (kBeside)
+    alignas(64) float z[2][kGroup][kProductRows][kTile];  // the second if an epilogue is beside products
+    const bool beside = product.beside(x.rows, together);
     product.begin(x.rows);
     Pending pending(epilogue, rows);
     Ahead ahead{};
     for (int64_t at = begin, group = 0; at < end; at += kGroup * kTile, ++group) {
       const int64_t group_end = end - at < kGroup * kTile ? end : at + kGroup * kTile;
-      const Products to = z[product.kBeside ? group % 2 : 0];
+      const Products to = z[beside ? group % 2 : 0];
       for (int64_t i = at; i < group_end;) {
         Tile tiles[kGroup];
         int count = 0;
@@ -216,7 +217,7 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
       }
       pending.end(ahead);  // rows that products had no time for
       pending.begin({at, static_cast<int>(group_end - at), to}, ahead);
-      if (!product.kBeside) pending.end(ahead);
+      if (!beside) pending.end(ahead);
     }
     pending.end(ahead);
     product.end();
