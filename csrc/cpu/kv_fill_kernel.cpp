@@ -67,6 +67,10 @@ void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* sta
       else
         for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d] * (to_float(w[d]) + shift));
     });
+  } else if (layer.norm_bias) {
+    typed(layer.norm_bias, p.dtype, [&](auto* b) {
+      for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d] + to_float(b[d]));
+    });
   } else {
     for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d]);
   }

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4)  // or ptxas keeps to 32 register
     const double hidden = static_cast<double>(value_at(p.hidden, p.hidden_dtype, row.source * p.hidden_stride + d));
     double value = (hidden - row.norm.mean) * row.norm.rstd;
     if (weight) value *= static_cast<double>(to_float(weight[d])) + static_cast<double>(p.shift);
-    if (weight && bias) value += static_cast<double>(to_float(bias[d]));
+    if (bias) value += static_cast<double>(to_float(bias[d]));
     x[d] = narrow<T>(static_cast<float>(value));
   }
 }

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
@@ -18,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/runs.h"
 #include "expect.h"
+#include "inputs.h"
 
 using namespace exeunt;
 
@@ -97,22 +97,6 @@ void float16_is_exact() {
   }
 }
 
-// A weight's rows, `stride` elements apart, in the order of that form (WeightArg); exactly as long as it must be.
-template <class T>
-std::vector<T> in_form(WeightForm form, const std::vector<T>& head, int64_t v, int64_t d, int64_t stride) {
-  if (form == WeightForm::lies) return head;
-  const int64_t line = 64 / sizeof(T), unit = 4 / sizeof(T), lines = (d + line - 1) / line;
-  std::vector<T> packed(static_cast<size_t>((v + 15) / 16 * 16 * lines * line));
-  for (int64_t j = 0; j < v; ++j)
-    for (int64_t i = 0; i < d; ++i) {
-      const int64_t row = j % 16, within = i % line;
-      const int64_t at =
-          form == WeightForm::tiles ? row * line + within : within / unit * (16 * unit) + row * unit + within % unit;
-      packed[static_cast<size_t>((j / 16 * lines + i / line) * 16 * line + at)] = head[j * stride + i];
-    }
-  return packed;
-}
-
 template <class T>
 void matches_a_plain_loop(DType dtype, WeightForm form, int64_t n, int64_t v, int64_t d, bool bad_row) {
   std::mt19937 rng(static_cast<unsigned>(n * 1000003 + v * 1009 + d));
@@ -126,11 +110,11 @@ void matches_a_plain_loop(DType dtype, WeightForm form, int64_t n, int64_t v, in
 
   std::vector<int64_t> argmax(n);
   std::vector<float> top1(n), top2(n), sumexp(n), weighted(n), logits(n * v);
-  void* workspace = std::aligned_alloc(64, cpu::exit_stats_workspace(dtype, form, n, v, d, 0, false, 3));
+  const auto workspace = memory(cpu::exit_stats_workspace(dtype, form, n, v, d, 0, false, 3));
   ExitStatsParams p{};
   p.hidden = hidden.data();
   const int64_t row_bytes = stride * element_bytes(dtype);
-  const std::vector<T> weight = in_form(form, head, v, d, stride);
+  const std::vector<char> weight = in_form(form, head.data(), element_bytes(dtype), v, d, stride);
   const int64_t tile_bytes = (d * element_bytes(dtype) + 63) / 64 * 1024;
   p.head = {weight.data(), dtype, form, tile_bytes, 64, 1024, nullptr};
   if (form == WeightForm::lies) p.head = {weight.data(), dtype, form, 16 * row_bytes, row_bytes, 64, nullptr};
@@ -151,7 +135,7 @@ void matches_a_plain_loop(DType dtype, WeightForm form, int64_t n, int64_t v, in
   p.sumexp = sumexp.data();
   p.weighted = weighted.data();
   p.entropy = true;
-  p.workspace = workspace;
+  p.workspace = workspace.get();
   std::vector<float> first;
   for (int threads : {1, 3}) {
     p.threads = threads;
@@ -159,7 +143,6 @@ void matches_a_plain_loop(DType dtype, WeightForm form, int64_t n, int64_t v, in
     if (threads == 1) first = sumexp;
     expect(bad_row || first == sumexp, "bits depend on the number of threads");
   }
-  std::free(workspace);
 
   const std::string where = std::string(cpu::selected_isa().name) + " n=" + std::to_string(n) +
                             " v=" + std::to_string(v) + " d=" + std::to_string(d) +
@@ -211,6 +194,7 @@ int main() {
     }
     variants_tests();
     ragged_attention_tests();
+    kv_fill_tests();
     std::printf("%s: checked\n", isa);
   }
   std::printf("%d failures\n", failures);

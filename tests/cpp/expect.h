@@ -12,5 +12,6 @@ inline void expect(bool ok, const std::string& what) {
 }
 
 // For the instruction set that is selected.
+void kv_fill_tests();
 void ragged_attention_tests();
 void variants_tests();

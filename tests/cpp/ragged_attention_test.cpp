@@ -3,13 +3,13 @@
 #include "cpu/ragged_attention.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "expect.h"
+#include "inputs.h"
 
 using namespace exeunt;
 
@@ -20,13 +20,6 @@ struct Case {
   int64_t window;                                   // 0: none; -1: bidirectional
   std::vector<int64_t> lengths, starts, queries;
 };
-
-std::vector<char> random_values(int64_t count, DType dtype, std::mt19937& rng) {
-  std::vector<char> out(static_cast<size_t>(count * element_bytes(dtype)));
-  std::normal_distribution<float> normal;
-  for (int64_t i = 0; i < count; ++i) store_at(out.data(), dtype, i, normal(rng));
-  return out;
-}
 
 void matches_a_plain_loop(const Case& c, DType dtype, const std::string& where) {
   std::mt19937 rng(static_cast<unsigned>(c.size * 1009 + c.page));
@@ -74,10 +67,10 @@ void matches_a_plain_loop(const Case& c, DType dtype, const std::string& where) 
   p.out = out.data();
   for (int threads : {1, 3}) {
     p.threads = threads;
-    p.workspace = std::aligned_alloc(
-        64, cpu::ragged_attention_workspace(tokens, c.heads, slots * columns, c.size, c.value_size, threads));
+    const auto workspace =
+        memory(cpu::ragged_attention_workspace(tokens, c.heads, slots * columns, c.size, c.value_size, threads));
+    p.workspace = workspace.get();
     cpu::ragged_attention(p, cpu::ragged_attention_plan(p));
-    std::free(p.workspace);
     if (threads == 1) first = out;
     expect(first == out, where + ": bits depend on the number of threads");
   }

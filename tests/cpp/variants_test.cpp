@@ -3,8 +3,6 @@
 // is read or written beside it.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -14,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/small_head.h"
 #include "expect.h"
+#include "inputs.h"
 
 using namespace exeunt;
 
@@ -26,11 +25,6 @@ std::vector<float> random(int64_t count, double spread = 1.0) {
   std::vector<float> values(static_cast<size_t>(count));
   for (float& v : values) v = normal(rng);
   return values;
-}
-
-// A workspace, 64-byte aligned.
-std::unique_ptr<void, void (*)(void*)> memory(int64_t bytes) {
-  return {std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)), &std::free};
 }
 
 VectorArg vector(const std::vector<float>& v) { return {v.data(), DType::float32, 1}; }
@@ -158,19 +152,13 @@ void everything_asked(int64_t n, int64_t v, int64_t d, bool columns) {
 // Weights in [-127, 127] with a scale each, in the form that the instruction set wants.
 void int8_heads(int64_t n, int64_t v, int64_t d) {
   const std::string where = named("int8", n, v, d);
-  const bool turned = std::string(cpu::selected_isa().name) != "amx";
+  const WeightForm form = std::string(cpu::selected_isa().name) == "amx" ? WeightForm::tiles : WeightForm::turned;
   const int64_t lines = (d + 63) / 64, tiles = (v + 15) / 16;
-  std::vector<int8_t> packed(static_cast<size_t>(tiles * 16 * lines * 64)), weight(static_cast<size_t>(v * d));
+  std::vector<int8_t> weight(static_cast<size_t>(v * d));
   std::vector<float> scale(static_cast<size_t>(tiles * 16));
   for (int8_t& w : weight) w = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
-  for (int64_t j = 0; j < v; ++j) {
-    scale[j] = 0.001f + 0.0001f * static_cast<float>(j % 7);
-    for (int64_t i = 0; i < d; ++i) {
-      const int64_t row = j % 16, at = i % 64;
-      packed[(j / 16 * lines + i / 64) * 1024 + (turned ? at / 4 * 64 + row * 4 + at % 4 : row * 64 + at)] =
-          weight[j * d + i];
-    }
-  }
+  for (int64_t j = 0; j < v; ++j) scale[j] = 0.001f + 0.0001f * static_cast<float>(j % 7);
+  const std::vector<char> packed = in_form(form, weight.data(), 1, v, d, d);
   std::vector<float> hidden = random(n * d), logits(n * v);
   for (int64_t i = 0; i < d; ++i) hidden[(n - 1) * d + i] = 1e30f;  // the largest integers, all of one sign
   Report report(n);
@@ -180,8 +168,7 @@ void int8_heads(int64_t n, int64_t v, int64_t d) {
   p.hidden = hidden.data();
   p.hidden_dtype = DType::float32;
   p.hidden_stride = d;
-  p.head = {packed.data(), DType::int8, turned ? WeightForm::turned : WeightForm::tiles, lines * 1024, 64,
-            1024,          scale.data()};
+  p.head = {packed.data(), DType::int8, form, lines * 1024, 64, 1024, scale.data()};
   p.rows = n;
   p.vocab = v;
   p.width = d;

@@ -66,6 +66,8 @@ void matches_a_plain_loop(DType dtype, const Case& c) {
          c.size * bytes,      bytes,   made(rows, 0.1f),
          made(rows, 0.1f),    c.size,  c.size,
          made(c.size, 1.0f),  0};
+    if (c.norm != Norm::rms) l.norm_bias = made(c.width, 0.1f);
+    if (c.norm == Norm::none) l.norm_weight = nullptr;  // bias alone
   }
   // A cache per layer, keys and values [B, Hkv, S, Dh], in memory that goes on by a slot before it and behind it by a
   // row and by a slot each: what is written there was not checked.
@@ -127,8 +129,11 @@ void matches_a_plain_loop(DType dtype, const Case& c) {
     normalise(standard, c.norm);
     for (int64_t l = from[n]; l < kLayers; ++l) {
       std::vector<double> x = standard;
-      for (int64_t i = 0; i < c.width; ++i)
-        x[i] = rounded_to(dtype, static_cast<float>(x[i] * (1.0 + value_at(layers[l].norm_weight, dtype, i))));
+      for (int64_t i = 0; i < c.width; ++i) {
+        if (layers[l].norm_weight) x[i] *= 1.0 + value_at(layers[l].norm_weight, dtype, i);
+        if (layers[l].norm_bias) x[i] += value_at(layers[l].norm_bias, dtype, i);
+        x[i] = rounded_to(dtype, static_cast<float>(x[i]));
+      }
       for (int64_t h = 0; h < c.heads; ++h) {
         const int64_t first = h * c.size, to = c.size + rows[n] * row + h * head + at[n] * c.size;
         const auto part = [&](const void* weight, const void* bias) {

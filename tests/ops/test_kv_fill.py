@@ -24,7 +24,8 @@ def backend(backend):
     return backend
 
 
-def stack(dtype, heads=2, size=16, width=64, norm="rms", key_norm=None, bias=False, fused=False, seed=0, **facts):
+def stack(dtype, heads=2, size=16, width=64, norm="rms", key_norm=None, bias=False, fused=False, weighted=True, seed=0,
+          **facts):  # fmt: skip
     """A random stack; `fused` makes keys and values views of one projection, head by head as in GPT-NeoX."""
     g = torch.Generator().manual_seed(seed)
 
@@ -42,7 +43,7 @@ def stack(dtype, heads=2, size=16, width=64, norm="rms", key_norm=None, bias=Fal
                 value,
                 key_bias=vector[:, 1] if bias else None,
                 value_bias=vector[:, 2] if bias else None,
-                norm_weight=make(width, spread=0.2, at=1.0) if norm else None,
+                norm_weight=make(width, spread=0.2, at=1.0) if norm and weighted else None,
                 norm_bias=make(width, spread=0.1) if norm == "layer" else None,
                 key_norm=make(*((heads, size) if fused else (size,)), spread=0.2, at=1.0) if key_norm else None,
             )
@@ -91,6 +92,7 @@ KINDS = {
     "qk-norm": dict(key_norm="rms", rotary=16, shift=1.0, heads=1, size=24, width=96),
     "per-head": dict(key_norm="layer", fused=True, rotary=8, interleaved=True, heads=3),
     "bare": dict(norm=None, width=32),
+    "norm-bias-alone": dict(norm="layer", weighted=False),
 }
 
 
