@@ -196,8 +196,8 @@ class Statistics {
   const ExitStatsChunksArgs& a;
   const ExitStatsParams& p;
   const int64_t first, rows;
-  bool over = false;
-  int64_t column = 0;
+  bool over = false;   // whether the group under way ends its chunk,
+  int64_t column = 0;  // which is this one of those that `a` begins with
   IVec lane;
   LaneStats stats[kMaxRows];
   float reference[kMaxRows];  // apart: a LaneStats would grow by a vector
