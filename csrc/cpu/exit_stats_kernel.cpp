@@ -37,7 +37,7 @@ EXEUNT_INLINE void reset(LaneStats& s, float& reference) {
   s.top1 = s.top2 = splat(-kInf);
   s.sumexp = s.weighted = splat(0.0f);
   s.argmax = IVec{} - 1;
-  reference = std::numeric_limits<float>::lowest();
+  reference = std::numeric_limits<float>::lowest();  // which a banned word's logit may be: there may be sums beside it
 }
 
 // Sums relative to the largest of top1, which may be +inf.

@@ -260,6 +260,17 @@ def test_minus_infinity_contributes_nothing(backend):
     assert nothing.argmax.tolist() == [-1] * 4 and torch.isnan(nothing.top1).all()
 
 
+@pytest.mark.parametrize("banned", [slice(0, 130), slice(10, 290), slice(100, 300)])
+def test_words_banned_by_the_least_number(backend, banned):
+    """As masks are often made: a bias that leaves the least finite number, in whole groups of words too."""
+    z, bias = torch.randn(4, 300), torch.zeros(300)
+    bias[banned] = torch.finfo(torch.float32).min
+    got, exact = ops.exit_stats(*logits_as_rows(z), head_bias=bias), ExitStats.from_logits((z + bias).double())
+    assert torch.equal(got.argmax, exact.argmax)
+    torch.testing.assert_close(got.sumexp.double(), exact.sumexp, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(got.entropy.double(), exact.entropy, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("v,d", [(2, 31), (515, 33), (49152, 96)])
 def test_same_bits_for_any_grouping_and_thread_count(backend, v, d, dtype):
