@@ -144,7 +144,7 @@ class Statistics {
     const bool capped = p.softcap > 0.0f;
     const float gain_in = capped ? p.scale / p.softcap : p.scale / p.temperature;
     const float gain_out = p.softcap / p.temperature;
-    const int tiles = tiles_of(g);
+    const int tiles = g.tiles();
     alignas(64) float bias[kGroup * kTile];
     alignas(64) uint32_t vocabulary[kGroup * kTile];
     for (int i = 0; (p.head_bias.data || p.seeds) && i < tiles * kTile; ++i) {
@@ -185,10 +185,10 @@ class Statistics {
 
   void row(const Group& g, int64_t r) {
     constexpr int64_t kStride = sizeof g.z[0] / sizeof(float);
-    if (tiles_of(g) == kGroup)
+    if (g.tiles() == kGroup)
       push<Entropy>(stats[r], reference[r], g.z[0][r], kGroup, kStride, ids_at(g, 0));
     else
-      push<Entropy>(stats[r], reference[r], g.z[0][r], tiles_of(g), kStride, ids_at(g, 0));
+      push<Entropy>(stats[r], reference[r], g.z[0][r], g.tiles(), kStride, ids_at(g, 0));
     if (over) finish(r, column);
   }
 
@@ -204,7 +204,6 @@ class Statistics {
   LaneDraw drawn[kMaxRows];
   TopK top[kMaxRows];
 
-  static int tiles_of(const Group& g) { return (g.count + kTile - 1) / kTile; }
   IVec ids_at(const Group& g, int i) const { return lane + (static_cast<int32_t>(g.at) + i); }
 
   void start(int64_t r) {

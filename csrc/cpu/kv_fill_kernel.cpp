@@ -57,23 +57,19 @@ EXEUNT_INLINE void store_row(void* out, DType dtype, int64_t at, const float* z,
 void kv_fill_pack(const KvFillParams& p, const KvLayer& layer, const double* standard, float* row, int64_t n,
                   PackedRows x) {
   const double shift = p.shift;
-  if (layer.norm_weight) {
-    typed(layer.norm_weight, p.dtype, [&](auto* w) {
-      if (layer.norm_bias)
-        typed(layer.norm_bias, p.dtype, [&](auto* b) {
-          for (int64_t d = 0; d < p.width; ++d)
-            row[d] = static_cast<float>(standard[d] * (to_float(w[d]) + shift) + to_float(b[d]));
-        });
-      else
-        for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d] * (to_float(w[d]) + shift));
-    });
-  } else if (layer.norm_bias) {
-    typed(layer.norm_bias, p.dtype, [&](auto* b) {
-      for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d] + to_float(b[d]));
-    });
-  } else {
-    for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(standard[d]);
-  }
+  const auto finish = [&](auto scaled) {  // with the bias, if there is one
+    if (layer.norm_bias)
+      typed(layer.norm_bias, p.dtype, [&](auto* b) {
+        for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(scaled(d) + to_float(b[d]));
+      });
+    else
+      for (int64_t d = 0; d < p.width; ++d) row[d] = static_cast<float>(scaled(d));
+  };
+  if (layer.norm_weight)
+    typed(layer.norm_weight, p.dtype,
+          [&](auto* w) { finish([&](int64_t d) { return standard[d] * (to_float(w[d]) + shift); }); });
+  else
+    finish([&](int64_t d) { return standard[d]; });
   round_to(p.dtype, row, p.width);
   pack_row(p.dtype, p.form, row, p.width, n, x);
 }
@@ -113,7 +109,7 @@ void kv_fill_head(const KvHeadArgs& a) {
       for (int64_t share = 0; share < 8; ++share) ahead.fetch(share);  // for the time that the head's end will take
       const Copy& to = *static_cast<const Copy*>(self);
       for (int64_t r = 0; r < to.rows; ++r)
-        for (int t = 0; t * kTile < g.count; ++t)
+        for (int t = 0; t < g.tiles(); ++t)
           __builtin_memcpy(to.out + r * to.stride + g.at + t * kTile, g.z[t][r], sizeof g.z[t][r]);
     };
     const char* next = first + block < a.x.rows ? static_cast<const char*>(weight.data) : a.next;

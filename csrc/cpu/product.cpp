@@ -108,7 +108,9 @@ EXEUNT_INLINE const char* line_of(const Tile& tile, int64_t l) {
 class Pending {
  public:
   Pending(const Epilogue& epilogue, int64_t rows) : epilogue_(epilogue), rows_(epilogue.row ? rows : 0), row_(rows_) {}
+  // Rows that the one before has left come first.
   void begin(const Group& group, const Ahead& ahead) {
+    end(ahead);
     group_ = group;
     row_ = 0;
     epilogue_.begin(epilogue_.self, group_, ahead);
@@ -215,7 +217,6 @@ void product(const Stream& stream, int64_t begin, int64_t end, PackedRows x, int
         const int64_t fetched = product.run(tiles, count, x, first, rows, to + (tiles->at - at) / kTile, pending);
         ahead = {tiles->next + fetched * tiles->line_stride, tiles->row_stride, tiles->line_stride};
       }
-      pending.end(ahead);  // rows that products had no time for
       pending.begin({at, static_cast<int>(group_end - at), to}, ahead);
       if (!beside) pending.end(ahead);
     }

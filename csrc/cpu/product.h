@@ -43,6 +43,7 @@ struct Group {
   int64_t at;
   int count;
   Products z;
+  inline __attribute__((always_inline)) int tiles() const { return (count + kTile - 1) / kTile; }
 };
 
 // What is done with the products of each group, in their order: begin() once, which may change them, then row() for
