@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
-
 #include "bindings/exit_stats.h"
 #include "bindings/kv_fill.h"
 #include "bindings/ragged_attention.h"
@@ -69,9 +67,9 @@ class Check {
     return workspace_at(rows) + cpu::small_head_workspace(p_.width, p_.pooled ? p_.pooler.outputs : 0, rows, threads);
   }
 
-  int64_t judge(uintptr_t hidden, int hidden_dtype, const std::array<int64_t, 3>& shape,
-                const std::array<int64_t, 3>& strides, uintptr_t mask, int64_t mask_stride, uintptr_t memory,
-                int64_t bytes, int threads) const {
+  int64_t judge(uintptr_t hidden, int hidden_dtype, const Integers<3>& shape_of, const Integers<3>& strides_of,
+                uintptr_t mask, int64_t mask_stride, uintptr_t memory, int64_t bytes, int threads) const {
+    const auto &shape = shape_of.of, &strides = strides_of.of;
     if (shape[2] != p_.width || strides[2] != 1 || (shape[1] == 0 && !mean_)) return -1;
     const int64_t needed = room(shape[0], threads);
     if (bytes < needed)
@@ -101,12 +99,10 @@ class Check {
   bool mean_;
 };
 
-const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
-
 cpu::KvRowsArg kv_rows_arg(const KvRowsOf& rows, int64_t layers) {
-  const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows;
-  return {integers(from_layer), integers(batch_rows), integers(slots), count, layers, until, batch,
-          integers(capacities)};
+  const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows.of;
+  const auto list = [](int64_t at) { return address<const int64_t>(at); };
+  return {list(from_layer), list(batch_rows), list(slots), count, layers, until, batch, list(capacities)};
 }
 
 void ragged_attention(RaggedAttentionParams& p, int threads) {

@@ -2,8 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <tuple>
-
+#include "bindings/integers.h"
 #include "core/params.h"
 
 namespace exeunt {
@@ -11,25 +10,20 @@ namespace exeunt {
 namespace py = pybind11;
 
 // (address, dtype, stride) of an optional vector; address 0 means "not given".
-using Vector = std::tuple<uintptr_t, int, int64_t>;
+using Vector = Integers<3>;
 
 inline VectorArg vector_arg(const Vector& v) {
-  const auto [address, dtype, stride] = v;
-  return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype), stride};
+  const auto [data, dtype, stride] = v.of;
+  return {address(data), static_cast<DType>(dtype), stride};
 }
 
 // (address, dtype, form, tile stride, row stride, line stride, address of scales) of a weight; strides in bytes.
-using Weight = std::tuple<uintptr_t, int, int, int64_t, int64_t, int64_t, uintptr_t>;
+using Weight = Integers<7>;
 
 inline WeightArg weight_arg(const Weight& w) {
-  const auto [data, dtype, form, tile_stride, row_stride, line_stride, scale] = w;
-  return {reinterpret_cast<const void*>(data),
-          static_cast<DType>(dtype),
-          static_cast<WeightForm>(form),
-          tile_stride,
-          row_stride,
-          line_stride,
-          reinterpret_cast<const float*>(scale)};
+  const auto [data, dtype, form, tile_stride, row_stride, line_stride, scale] = w.of;
+  return {address(data), static_cast<DType>(dtype),  static_cast<WeightForm>(form), tile_stride, row_stride,
+          line_stride,   address<const float>(scale)};
 }
 
 // def("exit_stats", run(params, last...)); `last_names` are the py::arg of what follows the parameters.

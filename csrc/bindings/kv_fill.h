@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <tuple>
 #include <vector>
 
+#include "bindings/integers.h"
 #include "core/params.h"
 
 namespace exeunt {
@@ -37,7 +37,7 @@ struct KvFill {
 
 // The rows of a call and the cache they go to: addresses of first layers, rows and slots, how many there are, until,
 // rows of the cache, address of its slots by layer.
-using KvRowsOf = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
+using KvRowsOf = Integers<7>;
 
 // Class "KvFill" with fill(..., last...), which calls run(stack, params, last...), rows as Python has them;
 // `last_names` are the py::arg of what follows the parameters. `tables` are pairs of addresses: none, one for all
@@ -48,24 +48,23 @@ py::class_<KvFill> def_kv_fill(py::module_& m, void (*run)(const KvFill&, KvFill
   const auto fill = [run](const KvFill& self, uintptr_t hidden, int hidden_dtype, int64_t hidden_stride,
                           const KvRowsOf& rows, uintptr_t places, const std::vector<uintptr_t>& tables,
                           int tables_dtype, int64_t rotary, uintptr_t space, Last... last) {
-    const auto integers = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
-    const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows;
+    const auto [from_layer, batch_rows, slots, count, until, batch, capacities] = rows.of;
     KvFillParams p = self.p;
     p.hidden = reinterpret_cast<const void*>(hidden);
     p.hidden_dtype = static_cast<DType>(hidden_dtype);
     p.hidden_stride = hidden_stride;
     p.rows = count;
     p.rotary = rotary;
-    p.from_layer = integers(from_layer);
-    p.batch_rows = integers(batch_rows);
-    p.slots = integers(slots);
+    p.from_layer = address<const int64_t>(from_layer);
+    p.batch_rows = address<const int64_t>(batch_rows);
+    p.slots = address<const int64_t>(slots);
     p.places = reinterpret_cast<const KvPlace*>(places);
     p.tables = tables.empty() ? nullptr : reinterpret_cast<const KvRotary*>(tables.data());
     p.one_table = tables.size() == 2;
     p.tables_dtype = static_cast<DType>(tables_dtype);
     p.until = until;
     p.batch = batch;
-    p.capacities = integers(capacities);
+    p.capacities = address<const int64_t>(capacities);
     p.workspace = reinterpret_cast<void*>(space);
     run(self, p, last...);
   };

@@ -1,17 +1,20 @@
 // small_head and saturation, and what a layer is, as both modules take them.
 #pragma once
-#include <tuple>
-
 #include "bindings/exit_stats.h"
 
 namespace exeunt {
 
-// (weight, bias, outputs, inputs, activation) of a layer; outputs 0 means "not given".
-using Layer = std::tuple<Weight, Vector, int64_t, int64_t, int>;
+// (outputs, inputs, activation; address, dtype and row stride of the weight; address, dtype and stride of the bias) of
+// a layer, strides in elements; outputs 0 means "not given".
+using Layer = Integers<9>;
 
 inline LayerArg layer_arg(const Layer& l) {
-  const auto& [weight, bias, outputs, inputs, activation] = l;
-  return {weight_arg(weight), vector_arg(bias), outputs, inputs, static_cast<Activation>(activation)};
+  const auto [outputs, inputs, activation, weight, dtype, row, bias, bias_dtype, bias_stride] = l.of;
+  LayerArg layer{{}, vector_arg({bias, bias_dtype, bias_stride}), outputs, inputs, static_cast<Activation>(activation)};
+  layer.weight.data = address(weight);  // read row by row: what tiles need stays 0
+  layer.weight.dtype = static_cast<DType>(dtype);
+  layer.weight.row_stride = row * element_bytes(layer.weight.dtype);
+  return layer;
 }
 
 inline SmallHeadParams small_head_params(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows,

@@ -110,33 +110,46 @@ void exit_stats(const ExitStatsParams& p) {
   const int64_t shares = (live + share - 1) / share;
   Runs runs(layout.chunks * shares, threads);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    char* panel = workspace + layout.panels + omp_get_thread_num() * (layout.panel_size + layout.row_bytes);
-    float* own = reinterpret_cast<float*>(panel + layout.panel_size);
-#pragma omp for schedule(static, kSideBySide)
-    for (int64_t r = 0; r < live; ++r) {
-      out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
-      float* row = plain ? plain + r * p.width : own;
-      isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row);
-      if (!plain) isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
-    }
+  const auto panel_of = [&](int thread) {
+    return workspace + layout.panels + thread * (layout.panel_size + layout.row_bytes);
+  };
+  const auto pack = [&](int64_t r, int thread) {
+    out_rows[r] = p.row_list ? index_at(p.row_list, p.row_list_64, r) : r;
+    float* row = plain ? plain + r * p.width : reinterpret_cast<float*>(panel_of(thread) + layout.panel_size);
+    isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row);
+    if (!plain) isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
+  };
+  const auto run_chunks = [&](int thread) {
     for (int64_t i, end; runs.next(i, end);)
       for (int64_t next; i < end; i = next) {
         next = shares > 1 ? i + 1 : end;
         const int64_t c = i / shares, begin = c * layout.chunk, first = i % shares * share;
         isa.exit_stats_chunks({&p, x, plain, out_rows, begin, std::min(begin + (next - i) * layout.chunk, p.vocab),
-                               layout.chunk, first, std::min(first + share, live), panel, partials + c,
+                               layout.chunk, first, std::min(first + share, live), panel_of(thread), partials + c,
                                topk + c * p.topk, drawn + c, layout.chunks});
       }
+  };
+  const auto merge = [&](int64_t r) {
+    const int64_t at = r * layout.chunks, chunks = r < live ? layout.chunks : 0;
+    ExitStats s = exit_stats_empty();
+    for (int64_t c = 0; c < chunks; ++c) s = exit_stats_merge(s, partials[at + c]);
+    finish(p, r, exit_stats_finish(s), topk + at * p.topk, drawn + at, chunks);
+  };
+  if (threads == 1) {  // a team of one takes time as well
+    for (int64_t r = 0; r < live; ++r) pack(r, 0);
+    run_chunks(0);
+    for (int64_t r = 0; r < p.rows; ++r) merge(r);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+#pragma omp for schedule(static, kSideBySide)
+    for (int64_t r = 0; r < live; ++r) pack(r, thread);
+    run_chunks(thread);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const int64_t at = r * layout.chunks, chunks = r < live ? layout.chunks : 0;
-      ExitStats s = exit_stats_empty();
-      for (int64_t c = 0; c < chunks; ++c) s = exit_stats_merge(s, partials[at + c]);
-      finish(p, r, exit_stats_finish(s), topk + at * p.topk, drawn + at, chunks);
-    }
+    for (int64_t r = 0; r < p.rows; ++r) merge(r);
   }
 }
 

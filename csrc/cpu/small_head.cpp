@@ -42,11 +42,13 @@ int threads_for(int64_t rows, int threads) {
 void linear(const LayerArg& layer, const float* x, int64_t x_stride, int64_t rows, float* out, int threads) {
   const int64_t shares = (layer.outputs + 15) / 16;  // whole lines of `out`
   const int64_t parts = layer.outputs * layer.inputs >= kSerialLayer ? std::min<int64_t>(threads, shares) : 1;
-#pragma omp parallel for num_threads(static_cast<int>(parts)) if (parts > 1) schedule(static)
-  for (int64_t part = 0; part < parts; ++part) {
+  const auto run = [&](int64_t part) {
     const int64_t end = std::min(shares * (part + 1) / parts * 16, layer.outputs);
     selected_isa().linear_rows({&layer, x, x_stride, rows, out, shares * part / parts * 16, end});
-  }
+  };
+  if (parts == 1) return run(0);  // a team of one takes time as well
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) run(part);
 }
 
 // mean[0..width) of the tokens of a row that count; the order of the sum does not see the others. The sums of a strip

@@ -44,9 +44,14 @@ EXEUNT_INLINE Vec load(const float* p) {
 EXEUNT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 EXEUNT_INLINE Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)  // GCC would spread the halves of a vector one after the other
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bits<Vec>((UVec)_mm512_maskz_cvtepu16_epi32(0xffff, narrow) << 16);
+#else
   uint16_t __attribute__((vector_size(kLanes * 2))) narrow;
   __builtin_memcpy(&narrow, p, sizeof narrow);
   return bits<Vec>(__builtin_convertvector(narrow, UVec) << 16);
+#endif
 }
 
 EXEUNT_INLINE Vec load(const Float16* p) {

@@ -19,10 +19,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Norms as csrc/core/params.h numbers them.
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
-_NARROW = {torch.int8: 3, torch.float8_e4m3fn: 4}  # of a PackedHead, of an Fp8Head
+_CODES = DTYPES | {torch.int8: 3, torch.float8_e4m3fn: 4}  # of a PackedHead, of an Fp8Head
 
-
-_CPU = torch.device("cpu")
+_float, _CPU = torch.float32, torch.device("cpu")
 
 
 def _module(name: str) -> ModuleType | None:
@@ -108,14 +107,23 @@ def direct(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-def check_vector(op: str, name: str, vector: Tensor, size: int, hidden: Tensor) -> None:
-    """Raise unless it has that size, and a dtype and device that go with ``hidden``."""
+#: (address, dtype, stride) as the binding wants an optional vector; zeros where there is none.
+Vector = tuple[int, int, int]
+
+
+def check_vector(
+    op: str, name: str, vector: Tensor, size: int, hidden: torch.dtype, device: torch.device, addressed: bool = False
+) -> Vector:
+    """Raise unless it has that size, and what goes with hidden states of that dtype there; the vector, with address
+    or without."""
     if vector.shape != (size,):
         raise ValueError(f"{op}: {name} must have shape [{size}], got {list(vector.shape)}")
-    if vector.dtype not in (torch.float32, hidden.dtype):
-        raise TypeError(f"{op}: {name} must be float32 or {hidden.dtype}, got {vector.dtype}")
-    if vector.device != hidden.device:
-        raise ValueError(f"{op}: {name} must be on {hidden.device} like hidden, got {vector.device}")
+    dtype = vector.dtype
+    if dtype is not _float and dtype is not hidden:
+        raise TypeError(f"{op}: {name} must be float32 or {hidden}, got {dtype}")
+    if vector.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like hidden, got {vector.device}")
+    return vector.data_ptr() if addressed else 0, DTYPES[dtype], vector.stride()[0]
 
 
 def pointer(t: Tensor | None) -> int:
@@ -123,16 +131,15 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def vector_arg(t: Tensor | None) -> tuple[int, int, int]:
-    """(address, dtype, stride) as the binding wants an optional vector."""
+def vector_arg(t: Tensor | None) -> Vector:
+    """An optional vector as the binding wants it."""
     return (0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0])
 
 
 def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:
     """A weight [V, D] of unit stride along D, or what a PackedHead or Fp8Head holds, as WeightArg of core/params.h."""
-    dtype = DTYPES[weight.dtype] if weight.dtype in DTYPES else _NARROW[weight.dtype]
-    if weight.dim() > 2:  # 4: tiles; 5: turned (packed_head.in_tiles)
-        tile = weight.shape[1] * 1024
-        return weight.data_ptr(), dtype, weight.dim() - 3, tile, 64, 1024, 0 if scale is None else scale.data_ptr()
-    row = weight.stride()[0] * weight.element_size()
+    dtype, strides = _CODES[weight.dtype], weight.stride()
+    if len(strides) > 2:  # 4: tiles; 5: turned (packed_head.in_tiles)
+        return weight.data_ptr(), dtype, len(strides) - 3, weight.shape[1] * 1024, 64, 1024, pointer(scale)
+    row = strides[0] * weight.element_size()
     return weight.data_ptr(), dtype, 0, 16 * row, row, 64, pointer(scale)

@@ -70,11 +70,11 @@ class Call(NamedTuple):
         if norm not in _backend.NORMS:
             raise ValueError(f"exit_stats: norm must be None, 'rms' or 'layer', got {norm!r}")
         if head_bias is not None:
-            _backend.check_vector("exit_stats", "head_bias", head_bias, v, hidden)
+            _backend.check_vector("exit_stats", "head_bias", head_bias, v, dtype, device)
         if norm_weight is not None:
-            _backend.check_vector("exit_stats", "norm_weight", norm_weight, d, hidden)
+            _backend.check_vector("exit_stats", "norm_weight", norm_weight, d, dtype, device)
         if norm_bias is not None:
-            _backend.check_vector("exit_stats", "norm_bias", norm_bias, d, hidden)
+            _backend.check_vector("exit_stats", "norm_bias", norm_bias, d, dtype, device)
         if not 0 <= eps < _INF:
             raise ValueError(f"exit_stats: eps must be finite and not negative, got {eps}")
         if not -_MOST <= scale <= _MOST:
@@ -131,7 +131,7 @@ class Call(NamedTuple):
         m = rows if rows is not None else (self.hidden if self.rows is None else self.rows).shape[0]
 
         def made(asked: bool, dtype: torch.dtype, *shape: int) -> Tensor | None:
-            return _empty(shape, dtype=dtype, device=device) if asked or everything else None
+            return _empty(*shape, dtype=dtype, device=device) if asked or everything else None
 
         return _results(m, device)._replace(
             target=made(self.target is not None, _float, m),
@@ -220,9 +220,9 @@ _ahead = _Ahead()
 
 def _results(m: int, device: torch.device) -> ExitStats:
     def floats() -> Tensor:
-        return _empty((m,), dtype=_float, device=device)
+        return _empty(m, dtype=_float, device=device)  # (m,) would take it half as long again
 
-    return ExitStats(_empty((m,), dtype=_int, device=device), floats(), floats(), floats(), floats())
+    return ExitStats(_empty(m, dtype=_int, device=device), floats(), floats(), floats(), floats())
 
 
 def _within(name: str, index: Tensor, bound: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exeunt import reference
 from exeunt.ops import _backend, _library
-from exeunt.ops.small_head import check_activation, check_layers, layer_arg, workspace_for
+from exeunt.ops.small_head import Given, Layer, check_layers
 from exeunt.stats import ExitStats
 
 _SCHEMA = (
@@ -75,10 +75,11 @@ def classify(
     >>> logits.shape, bool((stats.argmax == logits.argmax(1)).all())
     (torch.Size([4, 3]), True)
     """
-    _check(hidden, weight, bias, mask, pooler_weight, pooler_bias, activation)
     args = (hidden, weight, bias, mask, pooler_weight, pooler_bias, activation)
-    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
-        logits, *stats = _forward(*args)
+    direct = _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled())
+    layers = _check(*args, addressed=direct)
+    if direct:
+        logits, *stats = _launch(args, layers)
     else:
         logits, *stats = torch.ops.exeunt.classify(*args)
     return logits, ExitStats(*stats)
@@ -92,13 +93,15 @@ def _check(
     pooler_weight: Tensor | None,
     pooler_bias: Tensor | None,
     activation: str,
-) -> None:
+    addressed: bool = True,
+) -> tuple[Layer, Layer]:
+    """Raise unless the arguments are what they must be; the pooler and the head."""
     if hidden.dim() not in (2, 3):
         raise ValueError(f"classify: hidden must have shape [N, D] or [N, S, D], got {list(hidden.shape)}")
-    check_layers("classify", hidden, weight, bias, pooler_weight, pooler_bias)
-    check_activation("classify", "activation", activation)
+    states = hidden.shape[-1], hidden.dtype, hidden.device, addressed
+    layers = check_layers("classify", states, (weight, bias, "none"), (pooler_weight, pooler_bias, activation))
     if mask is None:
-        return
+        return layers
     if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
         raise ValueError(
             f"classify: mask must have shape [N, S] like hidden [N, S, D], got {list(mask.shape)} "
@@ -106,42 +109,34 @@ def _check(
         )
     if mask.dtype != torch.bool or mask.device != hidden.device:
         raise TypeError(f"classify: mask must be bool on {hidden.device}, got {mask.dtype} on {mask.device}")
+    return layers
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    pooler_weight: Tensor | None,
-    pooler_bias: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, ...]:
-    cpu = _backend.cpu
+def _launch(args: tuple[Any, ...], layers: tuple[Layer, Layer]) -> tuple[Tensor, ...]:
+    (hidden, weight, bias, mask, pooler_weight, pooler_bias, activation), cpu = args, _backend.cpu
     if cpu is None or not hidden.is_cpu:
         _backend.warn_fallback("classify", hidden.device)
         logits, stats = reference.classify(
             hidden, weight, bias, mask=mask, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation
         )
         return logits, *stats[:5]
-    n, d, threads = hidden.shape[0], hidden.shape[-1], torch.get_num_threads()
+    (pooler, head), n, d, threads = layers, hidden.shape[0], hidden.shape[-1], torch.get_num_threads()
     floats: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
-    logits, statistics = torch.empty((n, weight.shape[0]), **floats), torch.empty((4, n), **floats)
+    logits, statistics = torch.empty(n, head[0], **floats), torch.empty(4, n, **floats)
     argmax = torch.empty(n, dtype=torch.int64, device=hidden.device)
     if n:
-        pooler = layer_arg(pooler_weight, pooler_bias, activation)
-        workspace = workspace_for(d, pooler, n, threads)
+        workspace = _backend.scratch(cpu.small_head_workspace(d, pooler[0], n, threads))
         states, kept = _states(hidden, mask)
         cpu.classify(
-            *states, pooler, layer_arg(weight, bias, "none"), logits.data_ptr(), argmax.data_ptr(),
-            statistics.data_ptr(), workspace.data_ptr(), threads,
+            *states, pooler, head, logits.data_ptr(), argmax.data_ptr(), statistics.data_ptr(),
+            workspace.data_ptr(), threads,
         )  # fmt: skip
         del kept
     return logits, argmax, *statistics.unbind(0)
 
 
 def _registered(*args: Any) -> tuple[Tensor, ...]:
-    logits, argmax, *floats = _forward(*args)
+    logits, argmax, *floats = _launch(args, _check(*args))
     return logits, argmax, *(f.clone() for f in floats)  # an operator's results share no storage
 
 
@@ -212,11 +207,11 @@ class Check:
                 f"Check: weights must be float32, bfloat16 or float16 on cpu, got {first.dtype} on {first.device}"
             )
         self._width = first.shape[-1] if first.dim() else 0
-        check_layers("Check", first.new_empty((0, self._width)), weight, bias, pooler_weight, pooler_bias)
-        check_activation("Check", "activation", activation)
-        self._pooler, self._head = (pooler_weight, pooler_bias, activation), (weight, bias, "none")
+        self._pooler: Given = (pooler_weight, pooler_bias, activation)
+        self._head: Given = (weight, bias, "none")
+        self._weight = weight
+        self._classes = self._layers()[1][0]
         self._tensors = [t for t in (weight, bias, pooler_weight, pooler_bias) if t is not None]
-        self._weight, self._classes = weight, weight.shape[0]
         self._decides = (tokens, self.MEASURES[measure], float(threshold))
         self._mean = tokens
         self._where: list[int] = []
@@ -227,12 +222,17 @@ class Check:
         """Whether the kernel takes heads of such a weight."""
         return _backend.cpu is not None and weight.is_cpu and weight.dtype in _backend.DTYPES
 
+    def _layers(self) -> tuple[Layer, Layer]:
+        """Pooler and head as they are now: a model may have been cast or moved."""
+        first = self._weight if self._pooler[0] is None else self._pooler[0]
+        return check_layers("Check", (self._width, first.dtype, first.device, True), self._head, self._pooler)
+
     def _bytes(self, rows: int, threads: int) -> int:
         """Memory that a call takes; and find the weights again if they have been put elsewhere."""
         where = [t.data_ptr() for t in self._tensors]
         if where != self._where:
             cpu: Any = _backend.cpu
-            self._bound = cpu.Check(layer_arg(*self._pooler), layer_arg(*self._head), self._width, *self._decides)
+            self._bound = cpu.Check(*self._layers(), self._width, *self._decides)
             self._where, self._needs = where, (0, 0, 0)
         known_rows, known_threads, size = self._needs
         if rows != known_rows or threads != known_threads:

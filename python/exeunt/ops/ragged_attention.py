@@ -137,7 +137,7 @@ def _kernel(
     """A kernel. The CPU's checks what the lists say before it writes anything; on CUDA entries whose lists name what is
     not there become NaN."""
     (tokens, heads, size), (held, kv_heads, slots, value_size) = q.shape, v_cache.shape
-    out = torch.empty((tokens, heads, value_size), dtype=q.dtype, device=q.device)
+    out = torch.empty(tokens, heads, value_size, dtype=q.dtype, device=q.device)
     q_indptr, rows, kv_len = _list(q_indptr), _list(rows), _list(kv_len)  # type: ignore[assignment]
     kv_start, positions = _list(kv_start), _list(positions)
     alibi = None if alibi is None else alibi.contiguous()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from exeunt import reference
 from exeunt.ops import _backend, _library
+from exeunt.ops._backend import Vector
 
+_empty, _float = torch.empty, torch.float32
 ACTIVATIONS = {"none": 0, "tanh": 1, "relu": 2, "sigmoid": 3}
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? pooler_weight, Tensor? pooler_bias, str activation, "
@@ -182,145 +184,120 @@ def saturation(hidden: Tensor, previous: Tensor) -> Tensor:
 
 def _run(op: str, pooler: str, args: tuple[Any, ...]) -> Tensor:
     """small_head's arguments, checked in the words of ``op``, which calls the layer before the head ``pooler``."""
-    _check(op, pooler, *args)
     hidden, weight = args[:2]
-    if _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled()):
-        return _forward(*args)
-    return torch.ops.exeunt.small_head(*args)
+    direct = _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled())
+    facts = _check(op, pooler, args, direct)
+    return _launch(args, facts) if direct else torch.ops.exeunt.small_head(*args)
 
 
-def _check(
-    op: str,
-    pooler: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pooler_weight: Tensor | None,
-    pooler_bias: Tensor | None,
-    activation: str,
-    final: str,
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> None:
-    if hidden.dim() != 2:
-        raise ValueError(f"{op}: hidden must have shape [N, D], got {list(hidden.shape)}")
-    check_layers(op, hidden, weight, bias, pooler_weight, pooler_bias, pooler)
-    d = hidden.shape[1]
+#: A layer as the binding wants it: outputs, inputs, activation; address, dtype and row stride of the weight; address,
+#: dtype and stride of the bias. Each argument is looked at once, to check it and to know this: a look takes a tenth of
+#: a microsecond, and a call has a few. Where something traces there are no addresses to ask for.
+Layer = tuple[int, ...]
+_NO_LAYER, _NO_VECTOR = (0,) * 9, (0, 0, 0)
+
+
+def _check(op: str, pooler: str, args: tuple[Any, ...], addressed: bool) -> tuple[Layer, Layer, Vector, Vector]:
+    """Raise unless the arguments are what they must be; the pooler, the head and the norm's two vectors."""
+    (hidden, weight, bias, pooler_weight, pooler_bias, activation, final, norm, norm_weight, norm_bias, eps) = args
+    shape = hidden.shape
+    if len(shape) != 2:
+        raise ValueError(f"{op}: hidden must have shape [N, D], got {list(shape)}")
+    d, dtype, device = shape[1], hidden.dtype, hidden.device
+    states = d, dtype, device, addressed
+    first, head = check_layers(op, states, (weight, bias, final), (pooler_weight, pooler_bias, activation), pooler)
+    gain = shift = _NO_VECTOR
     if norm_weight is not None:
-        _backend.check_vector(op, "norm_weight", norm_weight, d, hidden)
+        gain = _backend.check_vector(op, "norm_weight", norm_weight, d, dtype, device, addressed)
     if norm_bias is not None:
-        _backend.check_vector(op, "norm_bias", norm_bias, d, hidden)
-    check_activation(op, "activation", activation)
-    check_activation(op, "final", final)
+        shift = _backend.check_vector(op, "norm_bias", norm_bias, d, dtype, device, addressed)
     if norm not in _backend.NORMS:
         raise ValueError(f"{op}: norm must be None, 'rms' or 'layer', got {norm!r}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
+    return first, head, gain, shift
 
 
-def check_activation(op: str, name: str, activation: str) -> None:
-    """Raise unless it is one that kernels know."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+#: Weight, bias and activation of a layer. Width, dtype and device of states, and whether anybody may ask for addresses.
+Given = tuple[Tensor | None, Tensor | None, str]
+States = tuple[int, torch.dtype, torch.device, bool]
 
 
-def check_layers(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pooler_weight: Tensor | None,
-    pooler_bias: Tensor | None,
-    pooler: str = "pooler",
-) -> None:
-    """Raise unless a head, and a layer before it of that name, fit states [..., D]."""
-    if hidden.dtype not in _backend.DTYPES:
-        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
-    inner = hidden.shape[-1]
-    if pooler_weight is not None:
-        _check_matrix(op, f"{pooler}_weight", pooler_weight, inner, hidden)
-        inner = pooler_weight.shape[0]
-        if pooler_weight.dtype != weight.dtype:
-            raise TypeError(f"{op}: {pooler}_weight must be {weight.dtype} like weight, got {pooler_weight.dtype}")
-    elif pooler_bias is not None:
-        raise ValueError(f"{op}: {pooler}_bias needs a {pooler}_weight, got none")
-    _check_matrix(op, "weight", weight, inner, hidden)
+def check_layers(op: str, states: States, head: Given, before: Given, pooler: str = "pooler") -> tuple[Layer, Layer]:
+    """Raise unless a head, and a layer before it of the name ``pooler``, fit states; that layer and the head."""
+    dtype = states[1]
+    if dtype not in _backend.DTYPES:
+        raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {dtype}")
+    first: Layer = _NO_LAYER
+    if before[0] is not None:
+        assert head[0] is not None
+        first = _check_layer(op, f"{pooler}_", "activation", before, states)
+        states = first[0], *states[1:]
+        if before[0].dtype is not head[0].dtype:
+            raise TypeError(f"{op}: {pooler}_weight must be {head[0].dtype} like weight, got {before[0].dtype}")
+    else:
+        if before[1] is not None:
+            raise ValueError(f"{op}: {pooler}_bias needs a {pooler}_weight, got none")
+        if before[2] not in ACTIVATIONS:
+            raise _no_activation(op, "activation", before[2])
+    return first, _check_layer(op, "", "final", head, states)
+
+
+def _check_layer(op: str, prefix: str, activation: str, layer: Given, states: States) -> Layer:
+    (weight, bias, name), (inputs, wanted, device, addressed) = layer, states
+    assert weight is not None
+    shape, dtype = weight.shape, weight.dtype
+    if len(shape) != 2 or shape[1] != inputs or shape[0] < 1:
+        raise ValueError(f"{op}: {prefix}weight must have shape [V, {inputs}] with V >= 1, got {list(shape)}")
+    if (dtype is not _float and dtype is not wanted) or weight.device != device:
+        raise TypeError(f"{op}: {prefix}weight must be float32 or {wanted} on {device}, got {dtype} on {weight.device}")
+    outputs, (row, unit) = shape[0], weight.stride()
+    if inputs > 1 and unit != 1:
+        raise ValueError(f"{op}: {prefix}weight must have unit stride along its rows, got strides {(row, unit)}")
+    of_bias = _NO_VECTOR
     if bias is not None:
-        _backend.check_vector(op, "bias", bias, weight.shape[0], hidden)
-    if pooler_bias is not None:
-        _backend.check_vector(op, f"{pooler}_bias", pooler_bias, inner, hidden)
+        of_bias = _backend.check_vector(op, f"{prefix}bias", bias, outputs, wanted, device, addressed)
+    if name not in ACTIVATIONS:
+        raise _no_activation(op, activation, name)
+    at = weight.data_ptr() if addressed else 0
+    return (outputs, inputs, ACTIVATIONS[name], at, _backend.DTYPES[dtype], row) + of_bias  # noqa: RUF005 it is faster
 
 
-def _check_matrix(op: str, name: str, weight: Tensor, inputs: int, hidden: Tensor) -> None:
-    if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] < 1:
-        raise ValueError(f"{op}: {name} must have shape [V, {inputs}] with V >= 1, got {list(weight.shape)}")
-    if weight.dtype not in (torch.float32, hidden.dtype) or weight.device != hidden.device:
-        raise TypeError(
-            f"{op}: {name} must be float32 or {hidden.dtype} on {hidden.device}, got {weight.dtype} on {weight.device}"
-        )
-    if inputs > 1 and weight.stride(1) != 1:
-        raise ValueError(f"{op}: {name} must have unit stride along its rows, got strides {weight.stride()}")
+def _no_activation(op: str, name: str, activation: str) -> ValueError:
+    return ValueError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pooler_weight: Tensor | None,
-    pooler_bias: Tensor | None,
-    activation: str,
-    final: str,
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    kernels = _backend.kernels(hidden.device)
+def _forward(*args: Any) -> Tensor:
+    return _launch(args, _check("small_head", "pooler", args, True))
+
+
+def _launch(args: tuple[Any, ...], facts: tuple[Layer, Layer, Vector, Vector]) -> Tensor:
+    (hidden, weight, bias, pooler_weight, pooler_bias, activation, final, norm, norm_weight, norm_bias, eps) = args
+    device = hidden.device
+    kernels = _backend.kernels(device)
     if kernels is None:
-        _backend.warn_fallback("small_head", hidden.device)
+        _backend.warn_fallback("small_head", device)
         return reference.small_head(
             hidden, weight, bias, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation,
             final=final, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
         )  # fmt: skip
-    n, d = hidden.shape
-    out = torch.empty((n, weight.shape[0]), dtype=torch.float32, device=hidden.device)
+    pooler, head, gain, shift = facts
+    (n, d), (step, unit) = hidden.shape, hidden.stride()
+    out = _empty(n, head[0], dtype=_float, device=device)  # a tuple of sizes would take it half a microsecond more
     if n == 0:
         return out
-    if d > 1 and hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    vector, place = _backend.vector_arg, _backend.place(hidden.device)
-    pooler = layer_arg(pooler_weight, pooler_bias, activation)
+    if d > 1 and unit != 1:
+        hidden, step = hidden.contiguous(), d
+    place = _backend.place(device)
     if hidden.is_cpu:
-        workspace = workspace_for(d, pooler, n, *place)
+        workspace = _backend.scratch(kernels.small_head_workspace(d, pooler[0], n, *place))
     else:
-        size = kernels.small_head_workspace(_backend.DTYPES[weight.dtype], n, d, pooler[2])
-        workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+        workspace = _empty(kernels.small_head_workspace(head[4], n, d, pooler[0]), dtype=torch.uint8, device=device)
     kernels.small_head(
-        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], hidden.stride(0), n, d, _backend.NORMS[norm],
-        vector(norm_weight), vector(norm_bias), eps, pooler, layer_arg(weight, bias, final),
-        out.data_ptr(), workspace.data_ptr(), *place,
+        hidden.data_ptr(), _backend.DTYPES[hidden.dtype], step, n, d, _backend.NORMS[norm],
+        gain, shift, eps, pooler, head, out.data_ptr(), workspace.data_ptr(), *place,
     )  # fmt: skip
     return out
-
-
-Layer = tuple[tuple[int, int, int, int, int, int, int], tuple[int, int, int], int, int, int]
-_NO_LAYER: Layer = ((0, 0, 0, 0, 0, 0, 0), (0, 0, 0), 0, 0, 0)
-
-
-def layer_arg(weight: Tensor | None, bias: Tensor | None, activation: str) -> Layer:
-    """A layer, or none, as the binding wants it."""
-    if weight is None:
-        return _NO_LAYER
-    v, inputs = weight.shape
-    return _backend.weight_arg(weight), _backend.vector_arg(bias), v, inputs, ACTIVATIONS[activation]
-
-
-def workspace_for(width: int, pooler: Layer, rows: int, threads: int) -> Tensor:
-    """Scratch of the kernel for so many rows of that width."""
-    assert _backend.cpu is not None
-    return _backend.scratch(_backend.cpu.small_head_workspace(width, pooler[2], rows, threads))
 
 
 def _saturation(hidden: Tensor, previous: Tensor) -> Tensor:
