@@ -5,6 +5,9 @@ what a call costs beside its few multiply-adds. In a model, weights and code hav
 and a call takes several times as long on either side (docs/kernels.md). `attach` uses the bound check (`ops.Check`),
 which judges, too: there torch takes softmax, the two largest, their difference, a comparison, and counts.
 
+The floor is a plain read of the weights as they lie, likewise, the best of 1 to 8 streams: no call takes less than that
+and what it costs whatever its head (what it takes with two classes). Eight float32 rows take longer to multiply.
+
 `python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table.
 """
 
@@ -17,15 +20,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import peaks
 from exeunt import ops
 
-TURNS, CALLS = 21, 50
+TURNS, CALLS, STREAMS = 21, 50, (1, 2, 4, 8)
 
 
-def layers(v, d, pooled):
+def layers(v, d, pooled, dtype=torch.float32):
     """A head and what comes before it, and both by torch."""
-    weight, bias = torch.randn(v, d) / d**0.5, torch.zeros(v)
-    pool = (torch.randn(d, d) / d**0.5, torch.zeros(d)) if pooled else (None, None)
+    weight, bias = (torch.randn(v, d) / d**0.5).to(dtype), torch.zeros(v, dtype=dtype)
+    pool = ((torch.randn(d, d) / d**0.5).to(dtype), torch.zeros(d, dtype=dtype)) if pooled else (None, None)
 
     def stock(x):
         return F.linear(torch.tanh(F.linear(x, *pool)) if pooled else x, weight, bias)
@@ -39,7 +43,7 @@ def normed(v, d, pooled=False):
         weight, bias, pool, stock = layers(v, d, pooled)
         options = dict(pooler_weight=pool[0], pooler_bias=pool[1], norm="layer", norm_weight=norm, eps=1e-5)
         ours = lambda: ops.small_head(hidden, weight, bias, **options)  # noqa: E731
-        return ours, lambda: stock(F.layer_norm(hidden, (d,), norm, None, 1e-5))
+        return ours, lambda: stock(F.layer_norm(hidden, (d,), norm, None, 1e-5)), pool[0] if pooled else weight
 
     return sides
 
@@ -48,25 +52,25 @@ def probe(n, d=768):
     hidden, norm = torch.randn(n, d), torch.ones(d)
     weight, bias, _, stock = layers(1, d, False)
     ours = lambda: ops.probe(hidden, weight[0], bias, norm="layer", norm_weight=norm, eps=1e-5)  # noqa: E731
-    return ours, lambda: stock(F.layer_norm(hidden, (d,), norm, None, 1e-5)).sigmoid()[:, 0]
+    return ours, lambda: stock(F.layer_norm(hidden, (d,), norm, None, 1e-5)).sigmoid()[:, 0], weight
 
 
 def saturation(n, d=768):
     hidden, before = torch.randn(2, n, d)
-    return lambda: ops.saturation(hidden, before), lambda: F.cosine_similarity(hidden, before, dim=-1)
+    return lambda: ops.saturation(hidden, before), lambda: F.cosine_similarity(hidden, before, dim=-1), before
 
 
-def bound(v, d, pooled=False):
+def bound(v, d, pooled=False, dtype=torch.float32):
     def sides(n):
-        hidden = torch.randn(n, 1, d)
-        weight, bias, pool, stock = layers(v, d, pooled)
+        hidden = torch.randn(n, 1, d).to(dtype)
+        weight, bias, pool, stock = layers(v, d, pooled, dtype)
         check = ops.Check(weight, bias, *pool, measure="margin", threshold=0.5, tokens=False)
 
         def judged():
             top = stock(hidden[:, 0]).softmax(-1).topk(2, -1).values
             return int((top[:, 0] - top[:, 1] > 0.5).sum())
 
-        return lambda: check(hidden, None)[0], judged
+        return lambda: check(hidden, None)[0], judged, pool[0] if pooled else weight
 
     return sides
 
@@ -83,24 +87,36 @@ CASES = {
     "bound check, 35 x 384": bound(35, 384),
     "bound check, pooler, 2 x 384": bound(2, 384, pooled=True),
     "bound check, pooler, 2 x 768": bound(2, 768, pooled=True),
+    "bound check, pooler, 2 x 384, bf16": bound(2, 384, pooled=True, dtype=torch.bfloat16),
+    "bound check, pooler, 2 x 768, bf16": bound(2, 768, pooled=True, dtype=torch.bfloat16),
 }
+
+
+@pytest.fixture(scope="module")
+def library():
+    return peaks.library()
 
 
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_small_head(benchmark, case, n):
-    sides = dict(zip(("exeunt", "torch"), CASES[case](n), strict=True))
+def test_small_head(benchmark, library, case, n):
+    ours, theirs, weight = CASES[case](n)
+    at, threads = (weight.data_ptr(), weight.nbytes), torch.get_num_threads()
+    sides = {"exeunt": ours, "torch": theirs}
+    sides |= {streams: lambda streams=streams: library.read_rate(*at, threads, streams) for streams in STREAMS}
     times = {name: [] for name in sides}
     with torch.inference_mode():
-        torch.testing.assert_close(sides["exeunt"](), sides["torch"](), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-4)
         for _ in range(TURNS):
             for name, call in sides.items():
                 start = time.perf_counter()
                 for _ in range(CALLS):
                     call()
                 times[name].append((time.perf_counter() - start) / CALLS)
-        benchmark.pedantic(sides["exeunt"], rounds=3)
+        benchmark.pedantic(ours, rounds=3)
+    median = {name: statistics.median(t) * 1e6 for name, t in times.items()}
     benchmark.extra_info.update(
-        check=f"{case}, {n} rows" if n > 1 else f"{case}, one row", threads=torch.get_num_threads(),
-        sides={name: statistics.median(t) * 1e6 for name, t in times.items()},
+        check=f"{case}, {n} rows" if n > 1 else f"{case}, one row", threads=threads,
+        sides={"floor": min(median[streams] for streams in STREAMS), "exeunt": median["exeunt"],
+               "torch": median["torch"]},
     )  # fmt: skip
