@@ -146,6 +146,20 @@ def test_non_contiguous_rows(backend):
     assert_within_contract(hidden3, head)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_vectors_of_any_stride(backend, dtype):
+    hidden, head = make(5, 50, 300, dtype)
+    options = norm_args("layer", 300, dtype) | {"head_bias": torch.randn(50)}
+    apart = {k: v.repeat_interleave(3)[::3] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    assert apart["norm_weight"].stride() == apart["norm_bias"].stride() == apart["head_bias"].stride() == (3,)
+    for one, other in zip(ops.exit_stats(hidden, head, **options), ops.exit_stats(hidden, head, **apart), strict=True):
+        assert (one is other is None) or torch.equal(one, other)
+    repeated = ops.exit_stats(hidden, head, norm="rms", norm_weight=torch.tensor(1.25).expand(300))
+    assert torch.equal(
+        repeated.top1, ops.exit_stats(hidden, head, norm="rms", norm_weight=torch.full((300,), 1.25)).top1
+    )
+
+
 def logits_as_rows(z):
     """hidden, head whose product is exactly the given logits [N, V]."""
     return z.contiguous(), torch.eye(z.shape[1])

@@ -40,6 +40,16 @@ def test_small_heads_match_the_reference(backend, n, v, d, p, pooled, kind, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vectors_of_any_stride(backend, dtype):
+    hidden, weight, pooler = (torch.randn(shape).to(dtype) for shape in ((5, 300), (17, 40), (40, 300)))
+    options = norm_args("layer", 300, dtype) | {"bias": torch.randn(17), "pooler_bias": torch.randn(40)}
+    apart = {k: v.repeat_interleave(3)[::3] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    assert apart["bias"].stride() == apart["pooler_bias"].stride() == apart["norm_weight"].stride() == (3,)
+    one, other = (ops.small_head(hidden, weight, pooler_weight=pooler, **given) for given in (options, apart))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_probes_match_the_reference(backend, dtype):
     g = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(9, 50, generator=g).to(dtype), torch.randn(50, generator=g)
