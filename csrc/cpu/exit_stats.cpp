@@ -22,9 +22,10 @@ namespace {
 
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunk = 256;
-constexpr int kSideBySide = 16;        // packed rows that may lie in the same lines: one thread writes them
-constexpr int64_t kShare = 64;         // rows that a call of the product takes at most
-constexpr double kSerialWork = 65536;  // multiply-adds below which a parallel region costs more than it saves
+constexpr int kSideBySide = 16;          // packed rows that may lie in the same lines: one thread writes them
+constexpr int64_t kShare = 64;           // rows that a call of the product takes at most
+constexpr double kSerialWork = 1 << 18;  // multiply-adds below which a parallel region costs more than it saves
+constexpr int64_t kNorm = 16;            // multiply-adds that the norm of an element is worth
 
 // Whole groups of tiles (product.h).
 int64_t chunk_size(int64_t vocab) { return std::max(kMinChunk, round_up((vocab + kMaxChunks - 1) / kMaxChunks, 64)); }
@@ -102,13 +103,9 @@ void exit_stats(const ExitStatsParams& p) {
   // Named columns have the bits that they have beside all others.
   float* plain = one_by_one(p.head.form, p.vocab) && !p.columns ? reinterpret_cast<float*>(workspace) : nullptr;
   const Isa& isa = selected_isa();
-  const double work = static_cast<double>(live) * static_cast<double>(p.vocab) * static_cast<double>(p.width);
+  // Few words leave most of the work to the norm.
+  const double work = static_cast<double>(live * p.width) * static_cast<double>(plain ? p.vocab + kNorm : p.vocab);
   const int threads = work < kSerialWork ? 1 : std::max(1, p.threads);
-  // A chunk meets all rows while it is in a cache; where there are few chunks, some rows each time, so that all threads
-  // have work.
-  const int64_t share = layout.chunks < threads ? kShare : std::max<int64_t>(live, 1);
-  const int64_t shares = (live + share - 1) / share;
-  Runs runs(layout.chunks * shares, threads);
 
   const auto panel_of = [&](int thread) {
     return workspace + layout.panels + thread * (layout.panel_size + layout.row_bytes);
@@ -119,15 +116,11 @@ void exit_stats(const ExitStatsParams& p) {
     isa.normalise(p.hidden, p.hidden_dtype, out_rows[r] * p.hidden_stride, p.width, p.norm, p.head.dtype, row);
     if (!plain) isa.pack_row(p.head.dtype, p.head.form, row, p.width, r, x);
   };
-  const auto run_chunks = [&](int thread) {
-    for (int64_t i, end; runs.next(i, end);)
-      for (int64_t next; i < end; i = next) {
-        next = shares > 1 ? i + 1 : end;
-        const int64_t c = i / shares, begin = c * layout.chunk, first = i % shares * share;
-        isa.exit_stats_chunks({&p, x, plain, out_rows, begin, std::min(begin + (next - i) * layout.chunk, p.vocab),
-                               layout.chunk, first, std::min(first + share, live), panel_of(thread), partials + c,
-                               topk + c * p.topk, drawn + c, layout.chunks});
-      }
+  // `count` chunks from the c-th for rows [first, end).
+  const auto run_chunks = [&](int64_t c, int64_t count, int64_t first, int64_t end, int thread) {
+    const int64_t begin = c * layout.chunk;
+    isa.exit_stats_chunks({&p, x, plain, out_rows, begin, std::min(begin + count * layout.chunk, p.vocab), layout.chunk,
+                           first, end, panel_of(thread), partials + c, topk + c * p.topk, drawn + c, layout.chunks});
   };
   const auto merge = [&](int64_t r) {
     const int64_t at = r * layout.chunks, chunks = r < live ? layout.chunks : 0;
@@ -135,18 +128,36 @@ void exit_stats(const ExitStatsParams& p) {
     for (int64_t c = 0; c < chunks; ++c) s = exit_stats_merge(s, partials[at + c]);
     finish(p, r, exit_stats_finish(s), topk + at * p.topk, drawn + at, chunks);
   };
-  if (threads == 1) {  // a team of one takes time as well
-    for (int64_t r = 0; r < live; ++r) pack(r, 0);
-    run_chunks(0);
-    for (int64_t r = 0; r < p.rows; ++r) merge(r);
+  // All that becomes of rows [first, end).
+  const auto check = [&](int64_t first, int64_t end, int thread) {
+    const int64_t last = std::min(end, live);
+    for (int64_t r = first; r < last; ++r) pack(r, thread);
+    if (first < last) run_chunks(0, layout.chunks, first, last, thread);
+    for (int64_t r = first; r < end; ++r) merge(r);
+  };
+  if (threads == 1) return check(0, p.rows, 0);  // a team of one takes time as well
+  if (plain) {  // a row stays in one thread's cache: reading it from another's takes longer than all else
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < p.rows; first += kSideBySide)
+      check(first, std::min(first + kSideBySide, p.rows), omp_get_thread_num());
     return;
   }
+  // A chunk meets all rows while it is in a cache; where there are few chunks, some rows each time, so that all threads
+  // have work.
+  const int64_t share = layout.chunks < threads ? kShare : std::max<int64_t>(live, 1);
+  const int64_t shares = (live + share - 1) / share;
+  Runs runs(layout.chunks * shares, threads);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(static, kSideBySide)
     for (int64_t r = 0; r < live; ++r) pack(r, thread);
-    run_chunks(thread);
+    for (int64_t i, end; runs.next(i, end);)
+      for (int64_t next; i < end; i = next) {
+        next = shares > 1 ? i + 1 : end;
+        const int64_t first = i % shares * share;
+        run_chunks(i / shares, next - i, first, std::min(first + share, live), thread);
+      }
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < p.rows; ++r) merge(r);
