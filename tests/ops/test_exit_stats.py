@@ -286,7 +286,7 @@ def test_words_banned_by_the_least_number(backend, banned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("v,d", [(2, 31), (515, 33), (49152, 96)])
+@pytest.mark.parametrize("v,d", [(2, 331), (515, 33), (49152, 96)])  # with two words threads share out rows
 def test_same_bits_for_any_grouping_and_thread_count(backend, v, d, dtype):
     hidden, head = make(70, v, d, dtype, spread=4.0)
     args = norm_args("rms", d, dtype)
@@ -306,17 +306,18 @@ def test_same_bits_for_any_grouping_and_thread_count(backend, v, d, dtype):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_rows_and_count(backend, index_dtype):
-    hidden, head = make(9, 120, 48, torch.float32)
-    rows = torch.tensor([7, 0, 3, 3, 8], dtype=index_dtype)
+@pytest.mark.parametrize("v,d,times", [(120, 48, 1), (2, 512, 20)])  # the second on threads that share out rows
+def test_rows_and_count(backend, index_dtype, v, d, times):
+    hidden, head = make(9, v, d, torch.float32)
+    rows = torch.tensor([7, 0, 3, 3, 8] * times, dtype=index_dtype)
     every = ops.exit_stats(hidden, head)
     got = ops.exit_stats(hidden, head, rows=rows)
     for a, b in zip(got[:5], every[:5], strict=True):
         assert torch.equal(a, b[rows.long()])
-    for live in (0, 2, 5):
+    for live in (0, 2, 3 * times, 5 * times):
         got = ops.exit_stats(hidden, head, rows=rows, count=torch.tensor(live, dtype=index_dtype))
         assert torch.equal(got.top1[:live], every.top1[rows.long()][:live])
-        assert got.argmax[live:].tolist() == [-1] * (5 - live) and torch.isnan(got.sumexp[live:]).all()
+        assert got.argmax[live:].tolist() == [-1] * (5 * times - live) and torch.isnan(got.sumexp[live:]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
