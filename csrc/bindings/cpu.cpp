@@ -22,8 +22,7 @@ void exit_stats(const ExitStatsParams& params, int threads) {
   cpu::exit_stats(p);
 }
 
-void small_head(SmallHeadParams& p, uintptr_t workspace, int threads) {
-  p.workspace = reinterpret_cast<void*>(workspace);
+void small_head(SmallHeadParams& p, int threads) {
   p.threads = threads;
   cpu::small_head(p);
 }
@@ -38,9 +37,8 @@ void set_states(SmallHeadParams& p, int64_t tokens, int64_t token_stride, uintpt
 
 void classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t rows, int64_t width, int64_t tokens,
               int64_t token_stride, uintptr_t mask, int64_t mask_stride, const Layer& pooler, const Layer& head,
-              uintptr_t logits, uintptr_t argmax, uintptr_t statistics, uintptr_t workspace, int threads) {
+              uintptr_t logits, uintptr_t argmax, uintptr_t statistics, int threads) {
   SmallHeadParams p = small_head_params(hidden, hidden_dtype, hidden_stride, rows, width, pooler, head, logits);
-  p.workspace = reinterpret_cast<void*>(workspace);
   p.threads = threads;
   set_states(p, tokens, token_stride, mask, mask_stride);
   p.argmax = reinterpret_cast<int64_t*>(argmax);
@@ -52,9 +50,9 @@ void classify(uintptr_t hidden, int hidden_dtype, int64_t hidden_stride, int64_t
   cpu::small_head(p);
 }
 
-// What a check is told once, so that a call brings only the states. Its memory, 64-byte aligned:
+// What a check is told once, so that a call brings only the states, and memory for what it finds:
 //
-//   | logits [rows, classes] | who leaves [rows], a byte each | workspace |
+//   | logits [rows, classes] | who leaves [rows], a byte each |
 class Check {
  public:
   Check(const Layer& pooler, const Layer& head, int64_t width, bool mean, int measure, float threshold)
@@ -63,15 +61,11 @@ class Check {
     p_.threshold = threshold;
   }
 
-  int64_t room(int64_t rows, int threads) const {
-    return workspace_at(rows) + cpu::small_head_workspace(p_.width, p_.pooled ? p_.pooler.outputs : 0, rows, threads);
-  }
-
   int64_t judge(uintptr_t hidden, int hidden_dtype, const Integers<3>& shape_of, const Integers<3>& strides_of,
                 uintptr_t mask, int64_t mask_stride, uintptr_t memory, int64_t bytes, int threads) const {
     const auto &shape = shape_of.of, &strides = strides_of.of;
     if (shape[2] != p_.width || strides[2] != 1 || (shape[1] == 0 && !mean_)) return -1;
-    const int64_t needed = room(shape[0], threads);
+    const int64_t logits = shape[0] * p_.head.outputs * static_cast<int64_t>(sizeof(float)), needed = logits + shape[0];
     if (bytes < needed)
       throw std::invalid_argument("Check: room must have " + std::to_string(needed) + " bytes for " +
                                   std::to_string(shape[0]) + " rows, got " + std::to_string(bytes));
@@ -82,19 +76,13 @@ class Check {
     p.rows = shape[0];
     if (mean_) set_states(p, shape[1], strides[1], mask, mask_stride);
     p.out = reinterpret_cast<float*>(memory);
-    p.leave = reinterpret_cast<uint8_t*>(memory + logits_bytes(p.rows));
-    p.workspace = reinterpret_cast<void*>(memory + workspace_at(p.rows));
+    p.leave = reinterpret_cast<uint8_t*>(memory + static_cast<uintptr_t>(logits));
     p.threads = threads;
     py::gil_scoped_release release;
     return cpu::small_head(p);
   }
 
  private:
-  uintptr_t logits_bytes(int64_t rows) const { return static_cast<uintptr_t>(rows * p_.head.outputs) * sizeof(float); }
-  uintptr_t workspace_at(int64_t rows) const {
-    return (logits_bytes(rows) + static_cast<uintptr_t>(rows) + 63) / 64 * 64;
-  }
-
   SmallHeadParams p_;
   bool mean_;
 };
@@ -142,21 +130,17 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("head_dtype"), py::arg("head_form"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("topk"),
       py::arg("draws"), py::arg("threads"), "Bytes of workspace that exit_stats needs.");
   def_exit_stats(m, &exit_stats, py::arg("threads"));
-  def_small_head(m, &small_head, py::arg("workspace"), py::arg("threads"));
+  def_small_head(m, &small_head, py::arg("threads"));
   m.def("classify", &classify, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("hidden_stride"), py::arg("rows"),
         py::arg("width"), py::arg("tokens"), py::arg("token_stride"), py::arg("mask"), py::arg("mask_stride"),
         py::arg("pooler"), py::arg("head"), py::arg("logits"), py::arg("argmax"), py::arg("statistics"),
-        py::arg("workspace"), py::arg("threads"),
-        "Mean over tokens, pooler, head and statistics; see exeunt.ops.classify.");
+        py::arg("threads"), "Mean over tokens, pooler, head and statistics; see exeunt.ops.classify.");
   py::class_<Check>(m, "Check", "classify and a threshold, for one exit; see exeunt.ops.Check.")
       .def(py::init<const Layer&, const Layer&, int64_t, bool, int, float>(), py::arg("pooler"), py::arg("head"),
            py::arg("width"), py::arg("mean"), py::arg("measure"), py::arg("threshold"))
-      .def("room", &Check::room, py::arg("rows"), py::arg("threads"), "Bytes of memory for up to that many rows.")
       .def("judge", &Check::judge, py::arg("hidden"), py::arg("hidden_dtype"), py::arg("shape"), py::arg("strides"),
            py::arg("mask"), py::arg("mask_stride"), py::arg("memory"), py::arg("bytes"), py::arg("threads"),
            "How many rows leave; -1 where a score lies too near to the threshold, or states are not to be read so.");
-  m.def("small_head_workspace", &cpu::small_head_workspace, py::arg("width"), py::arg("pooler"), py::arg("rows"),
-        py::arg("threads"), "Bytes of workspace that small_head and classify need; pooler is 0 without one.");
   m.def("ragged_attention_workspace", &cpu::ragged_attention_workspace, py::arg("tokens"), py::arg("heads"),
         py::arg("room"), py::arg("size"), py::arg("value_size"), py::arg("threads"),
         "Bytes of workspace that ragged_attention needs.");

@@ -4,7 +4,7 @@ CPU kernels of exeunt: plain pointers and integers, validated by exeunt.ops.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['Check', 'KvFill', 'amx_refused', 'classify', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill_check', 'ragged_attention', 'ragged_attention_workspace', 'saturation', 'select_isa', 'small_head', 'small_head_workspace', 'version']
+__all__: list[str] = ['Check', 'KvFill', 'amx_refused', 'classify', 'exit_stats', 'exit_stats_workspace', 'isa', 'kv_fill_check', 'ragged_attention', 'ragged_attention_workspace', 'saturation', 'select_isa', 'small_head', 'version']
 class Check:
     """
     classify and a threshold, for one exit; see exeunt.ops.Check.
@@ -14,10 +14,6 @@ class Check:
     def judge(self, hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, shape: tuple[int, ...], strides: tuple[int, ...], mask: typing.SupportsInt | typing.SupportsIndex, mask_stride: typing.SupportsInt | typing.SupportsIndex, memory: typing.SupportsInt | typing.SupportsIndex, bytes: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
         How many rows leave; -1 where a score lies too near to the threshold, or states are not to be read so.
-        """
-    def room(self, rows: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
-        """
-        Bytes of memory for up to that many rows.
         """
 class KvFill:
     """
@@ -37,7 +33,7 @@ def amx_refused() -> bool:
     """
     Whether the CPU has AMX and the operating system refused it.
     """
-def classify(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, token_stride: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, mask_stride: typing.SupportsInt | typing.SupportsIndex, pooler: tuple[int, ...], head: tuple[int, ...], logits: typing.SupportsInt | typing.SupportsIndex, argmax: typing.SupportsInt | typing.SupportsIndex, statistics: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+def classify(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, token_stride: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, mask_stride: typing.SupportsInt | typing.SupportsIndex, pooler: tuple[int, ...], head: tuple[int, ...], logits: typing.SupportsInt | typing.SupportsIndex, argmax: typing.SupportsInt | typing.SupportsIndex, statistics: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Mean over tokens, pooler, head and statistics; see exeunt.ops.classify.
     """
@@ -73,12 +69,8 @@ def select_isa(limit: str = '') -> str:
     """
     Choose the best instruction set of this machine that is not above `limit`; returns its name.
     """
-def small_head(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, norm_weight: tuple[int, ...], norm_bias: tuple[int, ...], eps: typing.SupportsFloat | typing.SupportsIndex, pooler: tuple[int, ...], head: tuple[int, ...], out: typing.SupportsInt | typing.SupportsIndex, workspace: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+def small_head(hidden: typing.SupportsInt | typing.SupportsIndex, hidden_dtype: typing.SupportsInt | typing.SupportsIndex, hidden_stride: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, width: typing.SupportsInt | typing.SupportsIndex, norm: typing.SupportsInt | typing.SupportsIndex, norm_weight: tuple[int, ...], norm_bias: tuple[int, ...], eps: typing.SupportsFloat | typing.SupportsIndex, pooler: tuple[int, ...], head: tuple[int, ...], out: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
     """
     Fused norm, pooler and head of few classes; see exeunt.ops.small_head.
-    """
-def small_head_workspace(width: typing.SupportsInt | typing.SupportsIndex, pooler: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, threads: typing.SupportsInt | typing.SupportsIndex) -> int:
-    """
-    Bytes of workspace that small_head and classify need; pooler is 0 without one.
     """
 version: str = '0.1.0'

@@ -120,16 +120,14 @@ def _launch(args: tuple[Any, ...], layers: tuple[Layer, Layer]) -> tuple[Tensor,
             hidden, weight, bias, mask=mask, pooler_weight=pooler_weight, pooler_bias=pooler_bias, activation=activation
         )
         return logits, *stats[:5]
-    (pooler, head), n, d, threads = layers, hidden.shape[0], hidden.shape[-1], torch.get_num_threads()
+    (pooler, head), n = layers, hidden.shape[0]
     floats: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
     logits, statistics = torch.empty(n, head[0], **floats), torch.empty(4, n, **floats)
     argmax = torch.empty(n, dtype=torch.int64, device=hidden.device)
     if n:
-        workspace = _backend.scratch(cpu.small_head_workspace(d, pooler[0], n, threads))
         states, kept = _states(hidden, mask)
         cpu.classify(
-            *states, pooler, head, logits.data_ptr(), argmax.data_ptr(), statistics.data_ptr(),
-            workspace.data_ptr(), threads,
+            *states, pooler, head, logits.data_ptr(), argmax.data_ptr(), statistics.data_ptr(), _threads(),
         )  # fmt: skip
         del kept
     return logits, argmax, *statistics.unbind(0)
@@ -215,7 +213,6 @@ class Check:
         self._decides = (tokens, self.MEASURES[measure], float(threshold))
         self._mean = tokens
         self._where: list[int] = []
-        self._needs = (0, 0, 0)  # rows, threads, and the bytes that they take
 
     @staticmethod
     def runs_on(weight: Tensor) -> bool:
@@ -227,18 +224,14 @@ class Check:
         first = self._weight if self._pooler[0] is None else self._pooler[0]
         return check_layers("Check", (self._width, first.dtype, first.device, True), self._head, self._pooler)
 
-    def _bytes(self, rows: int, threads: int) -> int:
-        """Memory that a call takes; and find the weights again if they have been put elsewhere."""
+    def _bytes(self, rows: int) -> int:
+        """Memory for what a call finds; and find the weights again if they have been put elsewhere."""
         where = [t.data_ptr() for t in self._tensors]
         if where != self._where:
             cpu: Any = _backend.cpu
             self._bound = cpu.Check(*self._layers(), self._width, *self._decides)
-            self._where, self._needs = where, (0, 0, 0)
-        known_rows, known_threads, size = self._needs
-        if rows != known_rows or threads != known_threads:
-            size = self._bound.room(rows, threads)
-            self._needs = rows, threads, size
-        return size
+            self._where = where
+        return rows * (4 * self._classes + 1)
 
     @staticmethod
     def room(checks: Sequence[Check], hidden: Tensor) -> Tensor | None:
@@ -258,8 +251,8 @@ class Check:
         """
         if not (checks and hidden.is_cpu and _backend.direct(hidden, hidden)):
             return None
-        rows, threads = hidden.shape[0], _threads()
-        size = max([check._bytes(rows, threads) for check in checks])
+        rows = hidden.shape[0]
+        size = max([check._bytes(rows) for check in checks])
         return torch.empty(size, dtype=torch.uint8, device=hidden.device)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None, room: Tensor | None = None) -> tuple[int, Tensor]:
@@ -291,7 +284,7 @@ class Check:
         if room is None:
             room = self.room((self,), hidden)
         elif not self._where:  # made for other checks
-            self._bytes(hidden.shape[0], _threads())
+            self._bytes(0)
         at = step = 0
         if mask is not None and self._mean:
             if mask.dtype is not torch.bool or mask.shape != hidden.shape[:2]:

@@ -288,14 +288,13 @@ def _launch(args: tuple[Any, ...], facts: tuple[Layer, Layer, Vector, Vector]) -
         return out
     if d > 1 and unit != 1:
         hidden, step = hidden.contiguous(), d
-    place = _backend.place(device)
-    if hidden.is_cpu:
-        workspace = _backend.scratch(kernels.small_head_workspace(d, pooler[0], n, *place))
-    else:
+    where = _backend.place(device)
+    if not hidden.is_cpu:
         workspace = _empty(kernels.small_head_workspace(head[4], n, d, pooler[0]), dtype=torch.uint8, device=device)
+        where = workspace.data_ptr(), *where
     kernels.small_head(
         hidden.data_ptr(), _backend.DTYPES[hidden.dtype], step, n, d, _backend.NORMS[norm],
-        gain, shift, eps, pooler, head, out.data_ptr(), workspace.data_ptr(), *place,
+        gain, shift, eps, pooler, head, out.data_ptr(), *where,
     )  # fmt: skip
     return out
 
