@@ -136,9 +136,11 @@ def probe(
         raise ValueError(f"probe: weight must have shape [D], or [H] with hidden_weight, got {list(weight.shape)}")
     if bias is not None and bias.numel() != 1:
         raise ValueError(f"probe: bias must be one number, got shape {list(bias.shape)}")
-    args = (hidden, weight[None], None if bias is None else bias.reshape(1), hidden_weight, hidden_bias, activation,
-            "sigmoid", norm, norm_weight, norm_bias, eps)  # fmt: skip
-    return _run("probe", "hidden", args).view(-1)
+    if bias is not None and bias.dim() != 1:
+        bias = bias.reshape(1)
+    args = (hidden, weight.unsqueeze(0), bias, hidden_weight, hidden_bias, activation, "sigmoid", norm, norm_weight,
+            norm_bias, eps)  # fmt: skip
+    return _run("probe", "hidden", args).squeeze(1)
 
 
 def saturation(hidden: Tensor, previous: Tensor) -> Tensor:
