@@ -100,6 +100,7 @@ def library():
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("case", CASES)
 def test_small_head(benchmark, library, case, n):
+    torch.manual_seed(0)  # of bfloat16 rows near the threshold torch's own rounding lets another number leave
     ours, theirs, weight = CASES[case](n)
     at, threads = (weight.data_ptr(), weight.nbytes), torch.get_num_threads()
     sides = {"exeunt": ours, "torch": theirs}
