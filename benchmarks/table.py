@@ -112,10 +112,18 @@ def pairs(results: dict) -> str:
     return "\n".join(lines)
 
 
+def run(file: str) -> dict:
+    """The results in a file."""
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected what pytest --benchmark-json wrote, got {file} ({error})") from None
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what pytest --benchmark-json wrote")
-    runs = [json.loads(file.read_text()) for file in parser.parse_args().files]
+    parser.add_argument("runs", type=run, nargs="+", metavar="FILE", help="what pytest --benchmark-json wrote")
+    runs = parser.parse_args().runs
     results = runs[0] | {"benchmarks": [b for run in runs for b in run["benchmarks"]]}
     info = results["benchmarks"][0]["extra_info"]
     kinds = {"speed": pairs, "fill": fills, "attention": attention, "check": checks}
