@@ -5,8 +5,8 @@ what a call costs beside its few multiply-adds. In a model, weights and code hav
 and a call takes several times as long on either side (docs/kernels.md). `attach` uses the bound check (`ops.Check`),
 which judges, too: there torch takes softmax, the two largest, their difference, a comparison, and counts.
 
-The floor is a plain read of the weights as they lie, likewise, the best of 1 to 8 streams: no call takes less than that
-and what it costs whatever its head (what it takes with two classes). Eight float32 rows take longer to multiply.
+The floor is a plain read of the weights as they lie, likewise, the best of 1 to 8 streams. Some 1.6 us of it are a call
+from Python and the threads', which the read of two classes shows. Eight float32 rows take longer to multiply.
 
 `python benchmarks/table.py FILE` turns a `--benchmark-json=FILE` into a table.
 """

@@ -36,14 +36,11 @@ class Emulated:
     def exit_stats(self, *args):
         self.module.exit_stats(*args[:-1], 0, 0)
 
-    def small_head_workspace(self, *args):
-        return 0  # small_head below brings its own
-
     def small_head(self, *args):
         rows, width, pooler, head = args[3], args[4], args[9], args[10]
-        size = self.module.small_head_workspace(head[0][1], rows, width, pooler[2])
+        size = self.module.small_head_workspace(head[4], rows, width, pooler[0])
         workspace = torch.full((size + 64,), 255, dtype=torch.uint8)
-        self.module.small_head(*args[:-2], workspace.data_ptr(), 0, 0)
+        self.module.small_head(*args[:-1], workspace.data_ptr(), 0, 0)
 
     def saturation(self, *args):
         self.module.saturation(*args, 0, 0)

@@ -109,7 +109,7 @@ struct SmallHeadParams {
   float threshold;
   uint8_t* leave;  // [N] 1 where a row's score exceeds it
 
-  void* workspace;  // CUDA: small_head_workspace() bytes, 64-byte aligned
+  void* workspace;  // small_head_workspace() bytes, 64-byte aligned
   int32_t threads;
 };
 

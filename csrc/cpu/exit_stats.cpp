@@ -137,7 +137,7 @@ void exit_stats(const ExitStatsParams& p) {
   };
   if (threads == 1) return check(0, p.rows, 0);  // a team of one takes time as well
   if (plain) {  // a row stays in one thread's cache: reading it from another's takes longer than all else
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t first = 0; first < p.rows; first += kSideBySide)
       check(first, std::min(first + kSideBySide, p.rows), omp_get_thread_num());
     return;

@@ -45,8 +45,8 @@ struct ExitStatsChunksArgs {
 // Statistics are taken in double: D is short beside the product, and squares of large hidden values cannot overflow.
 using Standardise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, Norm kind, float eps,
                              double* wide);
-// x[0..width) = the norm of that row, rounded once to the dtype of the weight that it will meet, as the model's own
-// norm would hand it over.
+// x[0..width) = the norm of that row, standardised in double, its weight and bias applied in float32, rounded once to
+// the dtype of the weight that it will meet, as the model's own norm would hand it over.
 using Normalise = void (*)(const void* hidden, DType dtype, int64_t at, int64_t width, const NormArg& norm,
                            DType weight, float* x);
 // rows_bytes  bytes of packed rows for `rows` rows of `width` elements against weights of that dtype and form

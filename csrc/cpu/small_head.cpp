@@ -3,14 +3,14 @@
 // is one block, they share the outputs of a large layer instead: reading a pooler takes one thread longer than all
 // else.
 //
-//   memory of a thread: | rows as floats | pooled rows |
+//   workspace per thread: | rows as floats | pooled rows |
 #include "cpu/small_head.h"
+
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include "core/exit_stats.h"
@@ -36,19 +36,6 @@ struct Layout {
 // No more than there are blocks.
 int threads_for(int64_t rows, int threads) {
   return static_cast<int>(std::clamp<int64_t>((rows + kRows - 1) / kRows, 1, std::max(1, threads)));
-}
-
-// The calling thread's, kept from call to call: what a call has to ask for, in Python, takes as long as a small head.
-char* own_memory(int64_t bytes) {
-  constexpr std::align_val_t kLine{64};
-  const auto free = [](char* memory) { ::operator delete(memory, kLine); };
-  thread_local std::unique_ptr<char, decltype(free)> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kLine)));
-    size = bytes;
-  }
-  return memory.get();
 }
 
 // out[rows, outputs] of a layer for one block of rows.
@@ -170,15 +157,14 @@ Verdict judge(const SmallHeadParams& p, int64_t begin, int64_t rows) {
   return v;
 }
 
-// A block of rows, from mean or norm to verdict. Its layers are read by `threads`.
-Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, int threads) {
+// A block of rows, from mean or norm to verdict, in memory of its own. Its layers are read by `threads`.
+Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, char* base, int threads) {
   const Isa& isa = selected_isa();
   const LayerArg& first = p.pooled ? p.pooler : p.head;
   // What already is what the product reads is not widened and rounded.
   const bool mean = p.tokens != 1 || p.mask;
   const bool as_it_is = !mean && p.norm.kind == Norm::none && !p.norm.weight.data && !p.norm.bias.data &&
                         p.hidden_dtype == DType::float32 && first.weight.dtype == DType::float32;
-  char* base = own_memory(layout.total);
   float* own = reinterpret_cast<float*>(base);
   const float* ready = as_it_is ? static_cast<const float*>(p.hidden) + block * kRows * p.hidden_stride : own;
   int64_t ready_stride = as_it_is ? p.hidden_stride : p.width;
@@ -207,23 +193,33 @@ Verdict of_block(const SmallHeadParams& p, const Layout& layout, int64_t block, 
 
 }  // namespace
 
+int64_t small_head_workspace(int64_t width, int64_t pooler, int64_t rows, int threads) {
+  return threads_for(rows, threads) * Layout(width, pooler, rows).total;
+}
+
 int64_t small_head(const SmallHeadParams& p) {
   const LayerArg& first = p.pooled ? p.pooler : p.head;
   const Layout layout(p.width, p.pooled ? p.pooler.outputs : 0, p.rows);
+  char* workspace = static_cast<char*>(p.workspace);
   const int64_t blocks = (p.rows + kRows - 1) / kRows;
   if (blocks == 1) {  // outside of any parallel region: within one, threads would be made anew for the layer's
-    const Verdict v = of_block(p, layout, 0, std::max(1, p.threads));
+    const Verdict v = of_block(p, layout, 0, workspace, std::max(1, p.threads));
     return v.unsure ? -1 : v.gone;
   }
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(first.outputs + p.tokens - 1) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : threads_for(p.rows, p.threads);
   int64_t gone = 0, unsure = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(+ : gone, unsure)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const Verdict v = of_block(p, layout, block, 1);
+  const auto judge_block = [&](int64_t block, int thread, int64_t& gone, int64_t& unsure) {
+    const Verdict v = of_block(p, layout, block, workspace + thread * layout.total, 1);
     gone += v.gone;
     unsure += v.unsure;
+  };
+  if (threads == 1) {
+    for (int64_t block = 0; block < blocks; ++block) judge_block(block, 0, gone, unsure);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : gone, unsure)
+    for (int64_t block = 0; block < blocks; ++block) judge_block(block, omp_get_thread_num(), gone, unsure);
   }
   return unsure ? -1 : gone;
 }

@@ -1,4 +1,5 @@
-// Hidden rows before a product: picked and normalised, as csrc/cpu/rows.h does it.
+// Hidden rows before a product: picked and normalised, all in double (csrc/cpu/rows_kernel.cpp but for weight and
+// bias).
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -189,8 +189,8 @@ int main() {
         }
     for (WeightForm form : {WeightForm::lies, WeightForm::tiles, WeightForm::turned}) {
       // Rows that threads share out: of a few words, of one chunk.
-      matches_a_plain_loop<float>(DType::float32, form, 69, 3, 500, false);
-      matches_a_plain_loop<BFloat16>(DType::bfloat16, form, 69, 3, 500, false);
+      matches_a_plain_loop<float>(DType::float32, form, 69, 3, 1300, false);
+      matches_a_plain_loop<BFloat16>(DType::bfloat16, form, 69, 3, 1300, false);
       matches_a_plain_loop<float>(DType::float32, form, 133, 35, 96, false);
       matches_a_plain_loop<BFloat16>(DType::bfloat16, form, 133, 35, 96, false);
       matches_a_plain_loop<float>(DType::float32, form, 3, 40, 64, true);

@@ -227,6 +227,8 @@ void small_heads(int64_t n, int64_t tokens, int64_t d, int64_t pooled, bool mask
   p.threshold = 0.3f;
   p.leave = leave.data();
   for (int threads : {1, 3}) {
+    const auto workspace = memory(cpu::small_head_workspace(d, pooled, n, threads));
+    p.workspace = workspace.get();
     p.threads = threads;
     const int64_t gone = cpu::small_head(p);
     expect(gone == -1 || gone == std::count(leave.begin(), leave.end(), 1), where + ": how many leave");

@@ -255,3 +255,25 @@ def test_bad_checks_get_one_sentence(change, error, message):
     call = given.pop("hidden"), given.pop("mask")
     with pytest.raises(error, match=message):
         ops.Check(**given, measure="margin", threshold=0.5, tokens=True)(*call)
+
+
+def test_a_check_follows_weights_that_are_put_elsewhere():
+    head, states = torch.nn.Linear(8, 3), torch.randn(2, 4, 8)
+    check = ops.Check(head.weight, head.bias, measure="margin", threshold=0.5, tokens=True)
+    check(states, None)
+    for dtype in (torch.bfloat16, torch.float32):
+        head.to(dtype)
+        _, out = check(states.to(dtype), None)
+        assert torch.allclose(check.logits(out, 2), head(states.mean(1).to(dtype)).float(), rtol=0.05, atol=0.05)
+    head.double()
+    with pytest.raises(
+        TypeError, match="Check: weights must be float32, bfloat16 or float16 on cpu, got torch.float64"
+    ):
+        check(states, None)
+
+
+def test_a_check_of_weights_without_addresses_can_be_made():
+    """As a model under FakeTensorMode has them: nothing is asked of them before the first call."""
+    weight = torch.zeros(3, 8)
+    weight.data_ptr = None
+    ops.Check(weight, measure="margin", threshold=0.5, tokens=True)

@@ -135,7 +135,7 @@ def test_errors_of_the_other_ops_name_them(emulated, monkeypatch):
     with pytest.raises(RuntimeError, match=r"expand: 3 rows of 160 bytes, on cuda:7: .+"):
         run.expand(*(x.data_ptr(),) * 5, 3, 160, 7, 0)
     small_head = run.small_head
-    monkeypatch.setattr(_backend.cpu, "small_head", lambda *args: small_head(*args[:-2], x.data_ptr(), 7, 0))
+    monkeypatch.setattr(_backend.cpu, "small_head", lambda *args: small_head(*args[:-1], x.data_ptr(), 7, 0))
     with pytest.raises(RuntimeError, match=r"small_head: hidden \[3, 40\], weight \[2, 40\], on cuda:7: .+"):
         ops.small_head(x, torch.zeros(2, 40))
 

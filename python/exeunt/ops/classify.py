@@ -77,7 +77,7 @@ def classify(
     """
     args = (hidden, weight, bias, mask, pooler_weight, pooler_bias, activation)
     direct = _backend.direct(hidden, weight) and not (hidden.requires_grad and torch.is_grad_enabled())
-    layers = _check(*args, addressed=direct)
+    layers = _check(args, direct)
     if direct:
         logits, *stats = _launch(args, layers)
     else:
@@ -85,17 +85,9 @@ def classify(
     return logits, ExitStats(*stats)
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    pooler_weight: Tensor | None,
-    pooler_bias: Tensor | None,
-    activation: str,
-    addressed: bool = True,
-) -> tuple[Layer, Layer]:
+def _check(args: tuple[Any, ...], addressed: bool) -> tuple[Layer, Layer]:
     """Raise unless the arguments are what they must be; the pooler and the head."""
+    hidden, weight, bias, mask, pooler_weight, pooler_bias, activation = args
     if hidden.dim() not in (2, 3):
         raise ValueError(f"classify: hidden must have shape [N, D] or [N, S, D], got {list(hidden.shape)}")
     states = hidden.shape[-1], hidden.dtype, hidden.device, addressed
@@ -134,7 +126,8 @@ def _launch(args: tuple[Any, ...], layers: tuple[Layer, Layer]) -> tuple[Tensor,
 
 
 def _registered(*args: Any) -> tuple[Tensor, ...]:
-    logits, argmax, *floats = _launch(args, _check(*args))
+    layers = _check(args, _backend.cpu is not None and args[0].is_cpu)
+    logits, argmax, *floats = _launch(args, layers)
     return logits, argmax, *(f.clone() for f in floats)  # an operator's results share no storage
 
 
@@ -199,16 +192,11 @@ class Check:
     ) -> None:
         if measure not in self.MEASURES:
             raise ValueError(f"Check: measure must be one of {', '.join(self.MEASURES)}, got {measure!r}")
-        first = weight if pooler_weight is None else pooler_weight
-        if not first.is_cpu or first.dtype not in _DTYPES:
-            raise TypeError(
-                f"Check: weights must be float32, bfloat16 or float16 on cpu, got {first.dtype} on {first.device}"
-            )
-        self._width = first.shape[-1] if first.dim() else 0
+        self._first = weight if pooler_weight is None else pooler_weight
+        self._width = self._first.shape[-1] if self._first.dim() else 0
         self._pooler: Given = (pooler_weight, pooler_bias, activation)
         self._head: Given = (weight, bias, "none")
-        self._weight = weight
-        self._classes = self._layers()[1][0]
+        self._classes = self._layers(addressed=False)[1][0]
         self._tensors = [t for t in (weight, bias, pooler_weight, pooler_bias) if t is not None]
         self._decides = (tokens, self.MEASURES[measure], float(threshold))
         self._mean = tokens
@@ -219,17 +207,21 @@ class Check:
         """Whether the kernel takes heads of such a weight."""
         return _backend.cpu is not None and weight.is_cpu and weight.dtype in _backend.DTYPES
 
-    def _layers(self) -> tuple[Layer, Layer]:
+    def _layers(self, addressed: bool) -> tuple[Layer, Layer]:
         """Pooler and head as they are now: a model may have been cast or moved."""
-        first = self._weight if self._pooler[0] is None else self._pooler[0]
-        return check_layers("Check", (self._width, first.dtype, first.device, True), self._head, self._pooler)
+        first = self._first
+        if not first.is_cpu or first.dtype not in _DTYPES:
+            raise TypeError(
+                f"Check: weights must be float32, bfloat16 or float16 on cpu, got {first.dtype} on {first.device}"
+            )
+        return check_layers("Check", (self._width, first.dtype, first.device, addressed), self._head, self._pooler)
 
     def _bytes(self, rows: int) -> int:
         """Memory for what a call finds; and find the weights again if they have been put elsewhere."""
         where = [t.data_ptr() for t in self._tensors]
         if where != self._where:
             cpu: Any = _backend.cpu
-            self._bound = cpu.Check(*self._layers(), self._width, *self._decides)
+            self._bound = cpu.Check(*self._layers(addressed=True), self._width, *self._decides)
             self._where = where
         return rows * (4 * self._classes + 1)
 

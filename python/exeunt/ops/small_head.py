@@ -270,7 +270,7 @@ def _no_activation(op: str, name: str, activation: str) -> ValueError:
 
 
 def _forward(*args: Any) -> Tensor:
-    return _launch(args, _check("small_head", "pooler", args, True))
+    return _launch(args, _check("small_head", "pooler", args, _backend.kernels(args[0].device) is not None))
 
 
 def _launch(args: tuple[Any, ...], facts: tuple[Layer, Layer, Vector, Vector]) -> Tensor:
