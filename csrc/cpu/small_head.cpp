@@ -210,16 +210,11 @@ int64_t small_head(const SmallHeadParams& p) {
       static_cast<double>(p.rows) * static_cast<double>(first.outputs + p.tokens - 1) * static_cast<double>(p.width);
   const int threads = work < kSerialWork ? 1 : threads_for(p.rows, p.threads);
   int64_t gone = 0, unsure = 0;
-  const auto judge_block = [&](int64_t block, int thread, int64_t& gone, int64_t& unsure) {
-    const Verdict v = of_block(p, layout, block, workspace + thread * layout.total, 1);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(+ : gone, unsure)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Verdict v = of_block(p, layout, block, workspace + omp_get_thread_num() * layout.total, 1);
     gone += v.gone;
     unsure += v.unsure;
-  };
-  if (threads == 1) {
-    for (int64_t block = 0; block < blocks; ++block) judge_block(block, 0, gone, unsure);
-  } else {
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : gone, unsure)
-    for (int64_t block = 0; block < blocks; ++block) judge_block(block, omp_get_thread_num(), gone, unsure);
   }
   return unsure ? -1 : gone;
 }

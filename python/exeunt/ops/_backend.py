@@ -107,8 +107,9 @@ def direct(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-#: (address, dtype, stride) as the binding wants an optional vector; zeros where there is none.
+#: (address, dtype, stride) as the binding wants an optional vector.
 Vector = tuple[int, int, int]
+NO_VECTOR: Vector = (0, 0, 0)
 
 
 def check_vector(
@@ -133,7 +134,7 @@ def pointer(t: Tensor | None) -> int:
 
 def vector_arg(t: Tensor | None) -> Vector:
     """An optional vector as the binding wants it."""
-    return (0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0])
+    return NO_VECTOR if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0])
 
 
 def weight_arg(weight: Tensor, scale: Tensor | None = None) -> tuple[int, int, int, int, int, int, int]:

@@ -216,14 +216,13 @@ class Check:
             )
         return check_layers("Check", (self._width, first.dtype, first.device, addressed), self._head, self._pooler)
 
-    def _bytes(self, rows: int) -> int:
-        """Memory for what a call finds; and find the weights again if they have been put elsewhere."""
+    def _find(self) -> None:
+        """Look where the weights are, and tell the kernel if they have been put elsewhere."""
         where = [t.data_ptr() for t in self._tensors]
         if where != self._where:
             cpu: Any = _backend.cpu
             self._bound = cpu.Check(*self._layers(addressed=True), self._width, *self._decides)
             self._where = where
-        return rows * (4 * self._classes + 1)
 
     @staticmethod
     def room(checks: Sequence[Check], hidden: Tensor) -> Tensor | None:
@@ -243,8 +242,9 @@ class Check:
         """
         if not (checks and hidden.is_cpu and _backend.direct(hidden, hidden)):
             return None
-        rows = hidden.shape[0]
-        size = max([check._bytes(rows) for check in checks])
+        for check in checks:
+            check._find()
+        size = hidden.shape[0] * (4 * max([check._classes for check in checks]) + 1)  # logits, and who leaves
         return torch.empty(size, dtype=torch.uint8, device=hidden.device)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None, room: Tensor | None = None) -> tuple[int, Tensor]:
@@ -276,7 +276,7 @@ class Check:
         if room is None:
             room = self.room((self,), hidden)
         elif not self._where:  # made for other checks
-            self._bytes(0)
+            self._find()
         at = step = 0
         if mask is not None and self._mean:
             if mask.dtype is not torch.bool or mask.shape != hidden.shape[:2]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from exeunt import reference
 from exeunt.ops import _backend, _library
-from exeunt.ops._backend import Vector
+from exeunt.ops._backend import NO_VECTOR, Vector
 
 _empty, _float = torch.empty, torch.float32
 ACTIVATIONS = {"none": 0, "tanh": 1, "relu": 2, "sigmoid": 3}
@@ -196,7 +196,7 @@ def _run(op: str, pooler: str, args: tuple[Any, ...]) -> Tensor:
 #: dtype and stride of the bias. Each argument is looked at once, to check it and to know this: a look takes a tenth of
 #: a microsecond, and a call has a few. Where something traces there are no addresses to ask for.
 Layer = tuple[int, ...]
-_NO_LAYER, _NO_VECTOR = (0,) * 9, (0, 0, 0)
+_NO_LAYER: Layer = (0,) * 9
 
 
 def _check(op: str, pooler: str, args: tuple[Any, ...], addressed: bool) -> tuple[Layer, Layer, Vector, Vector]:
@@ -208,7 +208,7 @@ def _check(op: str, pooler: str, args: tuple[Any, ...], addressed: bool) -> tupl
     d, dtype, device = shape[1], hidden.dtype, hidden.device
     states = d, dtype, device, addressed
     first, head = check_layers(op, states, (weight, bias, final), (pooler_weight, pooler_bias, activation), pooler)
-    gain = shift = _NO_VECTOR
+    gain = shift = NO_VECTOR
     if norm_weight is not None:
         gain = _backend.check_vector(op, "norm_weight", norm_weight, d, dtype, device, addressed)
     if norm_bias is not None:
@@ -230,7 +230,7 @@ def check_layers(op: str, states: States, head: Given, before: Given, pooler: st
     dtype = states[1]
     if dtype not in _backend.DTYPES:
         raise TypeError(f"{op}: hidden must be float32, bfloat16 or float16, got {dtype}")
-    first: Layer = _NO_LAYER
+    first = _NO_LAYER
     if before[0] is not None:
         assert head[0] is not None
         first = _check_layer(op, f"{pooler}_", "activation", before, states)
@@ -256,7 +256,7 @@ def _check_layer(op: str, prefix: str, activation: str, layer: Given, states: St
     outputs, (row, unit) = shape[0], weight.stride()
     if inputs > 1 and unit != 1:
         raise ValueError(f"{op}: {prefix}weight must have unit stride along its rows, got strides {(row, unit)}")
-    of_bias = _NO_VECTOR
+    of_bias = NO_VECTOR
     if bias is not None:
         of_bias = _backend.check_vector(op, f"{prefix}bias", bias, outputs, wanted, device, addressed)
     if name not in ACTIVATIONS:
